@@ -1,0 +1,3764 @@
+#!/usr/bin/env python3
+"""One shared-memory KV cache, many processes, no server.
+
+A *pool* keeps the key-value blocks of transformer attention in one named segment: POSIX shared memory (tier "cpu")
+or a preallocated file (tier "nvme"). Every process of the host opens it by name, reads and writes at memory speed,
+and may be killed at any instruction. `KVCachePool` is the library, `cortex cache ...` the shell; see README.md.
+
+The segment
+-----------
+Byte offsets; every section starts where the one before ends, rounded up as noted:
+
+    offset            size                          section
+    0                 4096                          header: 0 magic, 8 version and checksum, 16 geometry (fixed),
+                                                    512 state words (64 x 8 bytes), 1024 config as JSON
+    4096              ceil(num_blocks / 8),         bitmap: 1 bit a block, 1 = in use
+                      rounded up to 4096
+    data_offset       num_blocks * block_size       data region: the values
+    index_offset      128 * 8                       session table: the pid of each open handle, 0 = free
+    (rounded up to 8) 2 * num_slots * 4             heads of the key chains, heads of the prefix chains
+                      64 * num_slots + 128          eviction order: a 40-byte node a slot, a 24-byte bucket a slot
+                      440 * (num_slots + 1)         entry table: one record a slot; slot 0 is never used
+
+A record is 112 bytes of fields (`RECORD`) and 328 bytes of text: key, prefix hash, tensor description.
+
+Valid if and only if
+--------------------
+* An entry exists exactly when the state of its record is COMPLETE; that word is written last. When two COMPLETE
+  records carry one key (a crash in the middle of an overwrite), the one with the greater sequence number counts.
+* A WRITING record (a value on its way in) counts only while the session that owns it is open. A CONDEMNED record (a
+  value deleted or replaced while somebody reads it) counts only while a pin holds it.
+* Records and the sequence number, use count and priority in their eviction nodes are the truth. Bitmap, chains,
+  eviction order, free lists and counters are derived from them, and `check()` compares all of them.
+
+Who locks what
+--------------
+* The lock of a pool is `flock` on the segment's own file, plus a thread lock in each process. All metadata is read and
+  written under it. Values of up to 64 KiB are copied under it too; larger ones outside, protected by a WRITING record
+  or a pin.
+* A session (one open handle) holds an open-file-description lock on a byte of its own, far behind the end of the file.
+  The kernel drops it when the process dies: that is how pins and WRITING records of the dead are told from those of
+  the living. A second byte, locked shared by every handle, tells whether anybody has the pool open.
+* Creating, opening by name and deleting are serialized by `flock` on the store directory. Nobody waits for one of
+  these locks while holding the other.
+
+After a crash
+-------------
+A process that dies inside a change leaves the header word DIRTY set; the kernel frees the lock. Whoever locks next sees
+the word, finishes a block move that was under way (its journal is in the header), and rebuilds everything derived from
+the records. Dying in the rebuild leaves DIRTY set again. A process that dies outside a change leaves at most WRITING
+records and pins; they are reclaimed when somebody opens the pool, needs their room, asks for statistics or checks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import mmap
+import os
+import re
+import stat
+import struct
+import sys
+import threading
+import time
+import weakref
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from enum import Enum
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+
+if TYPE_CHECKING:
+    import argparse
+    from typing import Concatenate, ParamSpec
+
+    _P = ParamSpec("_P")
+    _R = TypeVar("_R")
+
+__version__ = "0.1.0"
+
+# ======================================================================================================================
+# Constants and layout
+# ======================================================================================================================
+
+CACHE_MAGIC = b"CORTEXKV"
+CACHE_VERSION = 1
+BLOCK_SIZE = 4096  # default; any multiple of 512 up to MAX_BLOCK_SIZE
+HEADER_SIZE = 4096
+BITMAP_SIZE = 4096  # the smallest bitmap, and the unit it grows by
+MIN_BLOCK_SIZE = 512
+MAX_BLOCK_SIZE = 1 << 30
+MIN_NUM_BLOCKS = 2
+MAX_KEY_BYTES = 250
+MAX_NAME_LENGTH = 100
+SEGMENT_PREFIX = "cortex-kv-"
+SHM_DIR = "/dev/shm"
+
+HEADER = struct.Struct("<8sII4qI")  # magic, version, checksum; geometry; length of the JSON
+HEADER_FIXED_AT = 16
+HEADER_JSON_AT = 1024
+
+# State words of the header, as indexes into the segment seen as 64-bit words.
+DIRTY = 64  # 1 while derived data may disagree with the records
+HITS, MISSES, PUTS, EVICTIONS = 65, 66, 67, 68
+ALLOCATED, FIRST_FREE, NO_RUN = 69, 70, 71  # counters of the bitmap, see BitmapAllocator
+NUM_ENTRIES = 72  # COMPLETE records
+NUM_BUSY = 73  # WRITING and CONDEMNED records
+FREE_SLOT, TOP_SLOT = 74, 75  # head of the list of freed slots; slots above TOP_SLOT were never used
+MOVE_SLOT, MOVE_FROM, MOVE_TO, MOVE_DONE = 76, 77, 78, 79  # journal of the block move under way, in blocks
+BOOT_ID = 80  # which boot of the machine wrote last (nvme pools outlive boots)
+
+MAX_SESSIONS = 128
+SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
+PRESENCE_BYTE = 1 << 60  # lock offsets, far behind any file
+SESSION_BYTE = PRESENCE_BYTE + 1
+
+# state, owner session, size, start block, number of blocks, hash of key, hash of prefix, next in key chain, next and previous in
+# prefix chain, unused, created, accessed, sequence length, layer, sessions that pin it (128 bits), length of key, of
+# prefix and of tensor description, unused, priority (for the eviction node, once the entry is complete)
+RECORD = struct.Struct("<IIqIIIIIIIIddqqIIIIHHHHq")
+RECORD_BYTES = 440
+RECORD_TEXT = RECORD_BYTES - RECORD.size
+R_STATE, R_OWNER, R_START, R_BLOCKS, R_KEY_HASH, R_PREFIX_HASH = 0, 1, 4, 5, 6, 7  # in 32-bit halves
+R_KEY_NEXT, R_PREFIX_NEXT, R_PREFIX_PREV, R_PINS, R_LENGTHS = 8, 9, 10, 20, 24
+W_SIZE, W_CREATED, W_ACCESSED, W_SEQUENCE_LENGTH, W_LAYER, W_PINS, W_PRIORITY = 1, 6, 7, 8, 9, 10, 13  # in 64-bit words
+HALVES_PER_RECORD = RECORD_BYTES // 4
+FREE, WRITING, COMPLETE, CONDEMNED = range(4)
+
+COPY_UNDER_LOCK = 64 << 10  # bytes; a larger value is copied outside the lock
+COPY_CHUNK = 1 << 20
+RESERVE_CHUNK = 256 << 20
+I64_MIN, I64_MAX = -(1 << 63), (1 << 63) - 1
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+# ======================================================================================================================
+# Errors
+# ======================================================================================================================
+
+
+class CacheError(Exception):
+    """Base of every error that this module raises on purpose."""
+
+
+class InvalidArgumentError(CacheError, ValueError):
+    """The caller passed a value that can't be used; nothing was changed."""
+
+
+class PoolNotFoundError(CacheError):
+    """There is no pool of that name in that store."""
+
+
+class PoolExistsError(CacheError):
+    """A pool of that name exists already."""
+
+
+class PoolMismatchError(CacheError):
+    """The pool that is there disagrees with the config it was opened with."""
+
+
+class PoolClosedError(CacheError):
+    """The handle was closed."""
+
+
+class CorruptionError(CacheError):
+    """A segment or a snapshot is damaged or not ours."""
+
+
+class StorageError(CacheError):
+    """The operating system refused: no space, no permission, no such directory."""
+
+
+class UnsupportedError(CacheError):
+    """This machine, platform or build lacks what was asked for."""
+
+
+@contextlib.contextmanager
+def _os_errors(doing: str) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says what was being done."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot {doing}: {error.strerror or error}") from error
+
+
+# ======================================================================================================================
+# Sizes
+# ======================================================================================================================
+
+_SIZE_TEXT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([KMGTP]?)(?:I?B)?", re.IGNORECASE)
+_UNITS = " KMGTP"
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as "16G", "1.5g", "64MiB" or "1024"; units are powers of 1024. ValueError if it is none."""
+    match = _SIZE_TEXT.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise InvalidArgumentError(f"size {text!r} is not a number with an optional K, M, G, T or P, such as 16G")
+    number, unit = match.groups()
+    return int(Fraction(number) * 1024 ** _UNITS.index(unit.upper() or " "))
+
+
+def format_size(size_bytes: float) -> str:
+    """A size for people: 500 -> "500 B", 16 * 1024**3 -> "16.0 GB"."""
+    if abs(size_bytes) < 1024:
+        return f"{size_bytes:.0f} B"
+    size, unit = float(size_bytes), " "
+    for unit in _UNITS[1:]:
+        size /= 1024
+        if abs(size) < 1023.95:
+            break
+    return f"{size:.1f} {unit}B"
+
+
+# ======================================================================================================================
+# Data types and hashing
+# ======================================================================================================================
+
+
+class EvictionPolicy(Enum):
+    """Who goes first when room is needed; ties fall to the least recently used."""
+
+    LRU = "lru"  # least recently used
+    LFU = "lfu"  # least often read
+    FIFO = "fifo"  # first stored
+    PRIORITY = "priority"  # lowest priority
+
+
+POLICY_HELP = {
+    EvictionPolicy.LRU: "least recently used first; the default, right for most serving",
+    EvictionPolicy.LFU: "least often read first; for hot and cold data that stay so",
+    EvictionPolicy.FIFO: "first stored first; for streams and time-based expiry",
+    EvictionPolicy.PRIORITY: "lowest priority first, then least recently used; for prompts that must stay",
+}
+
+
+@dataclass
+class CacheEntry:
+    """What the pool knows about one entry; a copy, later changes in the pool do not show in it."""
+
+    key: str
+    prefix_hash: str  # names the prompt prefix that the entry belongs to
+    offset: int  # of the value, in bytes from the start of the segment
+    size: int  # bytes
+    created_at: float  # seconds since the epoch
+    last_accessed: float
+    access_count: int = 0
+    priority: int = 0  # higher stays longer under EvictionPolicy.PRIORITY
+    sequence_length: int = 0  # tokens
+    layer_index: int = 0
+    dtype: str = ""  # safetensors name such as "BF16"; empty: plain bytes
+    shape: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CacheEntry:
+        """Build from `to_dict` output; unknown keys are ignored."""
+        known = {f.name for f in fields(cls)}
+        known_data = {k: tuple(v) if k == "shape" else v for k, v in data.items() if k in known}
+        return cls(**cast("dict[str, Any]", known_data))
+
+
+@dataclass
+class CachePoolConfig:
+    """How to make a pool: plain data, checked when the pool is made."""
+
+    name: str
+    size_bytes: int  # header + bitmap + data region; the index comes on top
+    tier: str = "cpu"  # "cpu": shared memory, "nvme": a mapped file in the store directory
+    eviction_policy: str = "lru"
+    max_entries: int = 10000
+    persist_path: str | None = None  # where `persist` writes when it is given no path
+    created_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat())
+    block_size: int = BLOCK_SIZE  # bytes; the unit of allocation
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CachePoolConfig:
+        """Build from `to_dict` output; unknown keys are ignored."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in data.items() if k in known})
+
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def check_name(name: str) -> str:
+    """Return `name` if a pool may be called so."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MAX_NAME_LENGTH:
+        raise InvalidArgumentError(
+            f"pool name {name!r} must be 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 . _ - and begin with a letter, digit or _"
+        )
+    return name
+
+
+def check_int(what: str, value: int, low: int, high: int = I64_MAX) -> int:
+    """Return `value` if it is an integer from `low` to `high`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
+        raise InvalidArgumentError(f"{what} {value!r} must be an integer from {low} to {high}")
+    return int(value)
+
+
+def encode_key(key: str) -> bytes:
+    """The UTF-8 bytes of a key."""
+    if type(key) is str:
+        try:
+            encoded = key.encode()
+        except UnicodeEncodeError:
+            raise InvalidArgumentError(f"key {key!r} holds surrogates that UTF-8 cannot encode") from None
+        if 0 < len(encoded) <= MAX_KEY_BYTES:
+            return encoded
+        shown = key if len(key) <= 40 else key[:37] + "..."
+        raise InvalidArgumentError(f"key {shown!r} has {len(encoded)} UTF-8 bytes, the limit is 1 to {MAX_KEY_BYTES}")
+    if isinstance(key, str):
+        return encode_key(str(key))
+    raise InvalidArgumentError(f"key {key!r} is a {type(key).__name__}, it must be a str of 1 to {MAX_KEY_BYTES} bytes")
+
+
+@dataclass(frozen=True)
+class EntryMeta:
+    """What a caller says about a value, checked."""
+
+    prefix: bytes = b""
+    priority: int = 0
+    sequence_length: int = 0
+    layer_index: int = 0
+    tensor: bytes = b""  # "BF16 2 16 64": dtype and shape; empty for plain bytes
+
+    @classmethod
+    def of(
+        cls,
+        key: bytes,
+        prefix_hash: str = "",
+        priority: int = 0,
+        sequence_length: int = 0,
+        layer_index: int = 0,
+        dtype: str = "",
+        shape: Iterable[int] = (),
+    ) -> EntryMeta:
+        """Check the metadata of a value to be stored under `key`."""
+        if not isinstance(prefix_hash, str):
+            raise InvalidArgumentError(
+                f"prefix_hash {prefix_hash!r} is a {type(prefix_hash).__name__}, it must be a str"
+            )
+        try:
+            prefix = prefix_hash.encode()
+        except UnicodeEncodeError:
+            raise InvalidArgumentError(f"prefix_hash {prefix_hash!r} holds surrogates UTF-8 cannot encode") from None
+        tensor = " ".join([dtype, *map(str, shape)]).encode() if dtype else b""
+        total = len(key) + len(prefix) + len(tensor)
+        if total > RECORD_TEXT:
+            raise InvalidArgumentError(
+                f"key, prefix_hash and tensor shape take {len(key)} + {len(prefix)} + {len(tensor)} UTF-8 bytes, the limit is "
+                f"{RECORD_TEXT} together: use a shorter prefix_hash, a digest say"
+            )
+        return cls(
+            prefix,
+            check_int("priority", priority, I64_MIN),
+            check_int("sequence_length", sequence_length, 0),
+            check_int("layer_index", layer_index, I64_MIN),
+            tensor,
+        )
+
+
+NO_META = EntryMeta()
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where everything lies in a segment; all of it follows from four numbers."""
+
+    size_bytes: int
+    block_size: int
+    num_blocks: int
+    max_entries: int
+
+    @classmethod
+    def of(cls, config: CachePoolConfig) -> Geometry:
+        """Lay out a pool; InvalidArgumentError when the config can't be had."""
+        block_size = check_int("block_size", config.block_size, MIN_BLOCK_SIZE, MAX_BLOCK_SIZE)
+        if block_size % MIN_BLOCK_SIZE:
+            raise InvalidArgumentError(f"block_size {block_size} must be a multiple of {MIN_BLOCK_SIZE} bytes")
+        smallest = HEADER_SIZE + BITMAP_SIZE + MIN_NUM_BLOCKS * block_size
+        size_bytes = check_int("size_bytes", config.size_bytes, smallest, 1 << 46)
+        max_entries = check_int("max_entries", config.max_entries, 1, 1 << 26)
+        num_blocks = (size_bytes - HEADER_SIZE - BITMAP_SIZE) // block_size
+        while HEADER_SIZE + cls.bitmap_bytes(num_blocks) + num_blocks * block_size > size_bytes:
+            num_blocks = (size_bytes - HEADER_SIZE - cls.bitmap_bytes(num_blocks)) // block_size
+        return cls(size_bytes, block_size, num_blocks, min(max_entries, num_blocks))
+
+    @staticmethod
+    def bitmap_bytes(num_blocks: int) -> int:
+        """Bytes of bitmap for so many blocks."""
+        return -(-num_blocks // (8 * BITMAP_SIZE)) * BITMAP_SIZE
+
+    @property
+    def num_slots(self) -> int:
+        return self.max_entries + SPARE_SLOTS
+
+    @property
+    def data_offset(self) -> int:
+        return HEADER_SIZE + self.bitmap_bytes(self.num_blocks)
+
+    @property
+    def index_offset(self) -> int:
+        return self.data_offset + self.num_blocks * self.block_size
+
+    @property
+    def heads_offset(self) -> int:
+        return self.index_offset + 8 * MAX_SESSIONS
+
+    @property
+    def order_offset(self) -> int:
+        return self.heads_offset + 8 * self.num_slots
+
+    @property
+    def records_offset(self) -> int:
+        return self.order_offset + EvictionManager.buffer_bytes(self.num_slots)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.records_offset + RECORD_BYTES * (self.num_slots + 1)
+
+    def blocks_for(self, size: int) -> int:
+        """Blocks that a value of `size` bytes takes; an empty one takes a block too."""
+        return -(-size // self.block_size) or 1
+
+
+# ======================================================================================================================
+# Bitmap allocator
+# ======================================================================================================================
+
+
+class BitmapAllocator:
+    """First-fit allocator of runs of blocks over a bitmap: bit 1 = in use, lowest bit of byte 0 = block 0.
+
+    Works over a buffer of its own, or over a slice of a segment with three counters beside it: blocks in use; a block
+    that no free block lies before; a run length that is known not to be there. The counters are derived.
+    Methods are thread-safe; those that end in `_locked` leave the locking to the caller.
+    """
+
+    def __init__(self, num_blocks: int, bitmap: memoryview | None = None, counters: memoryview | None = None) -> None:
+        self.num_blocks = check_int("num_blocks", num_blocks, 1, (1 << 32) - 1)
+        self.num_bytes = (num_blocks + 7) // 8
+        self._lock = threading.Lock()
+        self._bits = memoryview(bytearray(self.num_bytes)) if bitmap is None else bitmap
+        self._counters = memoryview(bytearray(24)).cast("q") if counters is None else counters
+        if bitmap is None:
+            self.rebuild_locked(())
+
+    def allocate(self, num_blocks: int) -> int | None:
+        """First block of the lowest free run of `num_blocks`, now in use; None if there is none."""
+        check_int("num_blocks", num_blocks, 1)
+        with self._lock:
+            return self.allocate_locked(num_blocks)
+
+    def free(self, start_block: int, num_blocks: int) -> None:
+        """Give blocks back. InvalidArgumentError if one of them lies outside or is free already."""
+        check_int("num_blocks", num_blocks, 1, self.num_blocks)
+        check_int("start_block", start_block, 0, self.num_blocks - num_blocks)
+        with self._lock:
+            if self._runs_in(start_block, num_blocks, in_use=False):
+                raise InvalidArgumentError(
+                    f"blocks {start_block} to {start_block + num_blocks - 1} are not all allocated: a double free?"
+                )
+            self.free_locked(start_block, num_blocks)
+
+    def get_usage(self) -> tuple[int, int]:
+        """(allocated blocks, all blocks)."""
+        return self._counters[0], self.num_blocks
+
+    def to_bytes(self) -> bytes:
+        """The bitmap; bits behind the last block are 0."""
+        return bytes(self._bits[: self.num_bytes])
+
+    def from_bytes(self, data: bytes) -> None:
+        """Take over a bitmap made by `to_bytes` of an allocator of the same size."""
+        if len(data) != self.num_bytes:
+            raise InvalidArgumentError(f"bitmap has {len(data)} bytes, {self.num_blocks} blocks need {self.num_bytes}")
+        bits = int.from_bytes(data, "little")
+        if bits >> self.num_blocks:
+            raise InvalidArgumentError(f"bitmap marks blocks behind the last one, {self.num_blocks - 1}")
+        with self._lock:
+            self._bits[: self.num_bytes] = data
+            self._reset_counters(bits.bit_count())
+
+    def largest_free_run(self) -> int:
+        """Length in blocks of the longest free run."""
+        free = self._free_bits(0, self.num_blocks)
+        if not free:
+            return 0
+        # starts[i]: where a free run of 2**i begins. Double while one is left, then add the halves that still fit.
+        starts, length = [free], 1
+        while longer := starts[-1] & (starts[-1] >> length):
+            starts.append(longer)
+            length *= 2
+        longest = starts.pop()
+        while starts:
+            shorter = starts.pop()
+            if longer := longest & (shorter >> length):
+                longest, length = longer, length + (1 << len(starts))
+        return length
+
+    def allocate_locked(self, num_blocks: int) -> int | None:
+        start = self.find_locked(num_blocks)
+        if start is None:
+            return None
+        self.take_locked(start, num_blocks)
+        return start
+
+    def find_locked(self, num_blocks: int) -> int | None:
+        """The start of the lowest free run of `num_blocks`, left free."""
+        counters = self._counters
+        if num_blocks >= counters[2] or num_blocks > self.num_blocks - counters[0]:
+            return None
+        start = self._find_short(num_blocks) if num_blocks < 15 else self._find_long(num_blocks)
+        if start is None:
+            counters[2] = num_blocks
+        return start
+
+    def take_locked(self, start: int, num_blocks: int) -> None:
+        """Mark free blocks as in use."""
+        self._mark(start, num_blocks, True)
+        counters = self._counters
+        counters[0] += num_blocks
+        if start == counters[1]:
+            counters[1] = start + num_blocks
+
+    def free_locked(self, start: int, num_blocks: int) -> None:
+        """Mark blocks in use as free."""
+        self._mark(start, num_blocks, False)
+        counters = self._counters
+        counters[0] -= num_blocks
+        if start < counters[1]:
+            counters[1] = start
+        counters[2] = self.num_blocks + 1
+
+    def rebuild_locked(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Start anew with just these (start, number of blocks) in use."""
+        self._bits[: self.num_bytes] = bytes(self.num_bytes)
+        allocated = 0
+        for start, num_blocks in runs:
+            self._mark(start, num_blocks, True)
+            allocated += num_blocks
+        self._reset_counters(allocated)
+
+    def _reset_counters(self, allocated: int) -> None:
+        self._counters[0] = allocated
+        self._counters[1] = 0
+        self._counters[2] = self.num_blocks + 1
+
+    def _free_bits(self, start: int, stop: int) -> int:
+        """The free blocks from `start` (a multiple of 8) to `stop`, as the 1 bits of an integer."""
+        return ~int.from_bytes(self._bits[start >> 3 : (stop + 7) >> 3], "little") & ((1 << (stop - start)) - 1)
+
+    def _find_short(self, num_blocks: int) -> int | None:
+        """Search windows of 4096 blocks as big integers: ANDing shifted copies leaves the starts of long enough runs."""
+        counters = self._counters
+        first = counters[1]
+        position = first & ~7
+        full_so_far = True
+        while position < self.num_blocks:
+            free = self._free_bits(position, min(position + 4096 + num_blocks, self.num_blocks))
+            if full_so_far:  # all before is in use: the hint can move up
+                full_so_far = not free
+                first = position + (4096 if full_so_far else (free & -free).bit_length() - 1)
+                counters[1] = min(first, self.num_blocks)
+            length = 1
+            while length < num_blocks and free:
+                step = min(length, num_blocks - length)
+                free &= free >> step
+                length += step
+            if free:
+                return position + (free & -free).bit_length() - 1
+            position += 4096
+        return None
+
+    def _find_long(self, num_blocks: int) -> int | None:
+        """A run of 15 or more holds whole zero bytes: search for those, then count the bits at their edges."""
+        base = self._counters[1] >> 3
+        data = bytes(self._bits[base : self.num_bytes])
+        zeros = bytes((num_blocks - 7) // 8)
+        at = data.find(zeros)
+        while at >= 0:
+            before = 8 - data[at - 1].bit_length() if at else 0
+            end = at + len(zeros)
+            length = before + 8 * len(zeros)
+            while length < num_blocks and end < len(data) and not data[end]:
+                length += 8
+                end += 1
+            if length < num_blocks and end < len(data):
+                length += (data[end] & -data[end]).bit_length() - 1
+            start = (base + at) * 8 - before
+            if min(length, self.num_blocks - start) >= num_blocks:
+                return start
+            at = data.find(zeros, end)
+        return None
+
+    def _runs_in(self, start: int, num_blocks: int, in_use: bool) -> bool:
+        """Whether any of these blocks is in use, or free."""
+        shift = start & 7
+        free = self._free_bits(start - shift, start + num_blocks) >> shift
+        return free != (1 << num_blocks) - 1 if in_use else free != 0
+
+    def _mark(self, start: int, num_blocks: int, in_use: bool) -> None:
+        bits = self._bits
+        last = start + num_blocks - 1
+        low, high = start >> 3, last >> 3
+        head = 0xFF << (start & 7) & 0xFF
+        tail = (2 << (last & 7)) - 1
+        if low == high:
+            head = tail = head & tail
+        bits[low] = bits[low] | head if in_use else bits[low] & ~head
+        if low != high:
+            bits[high] = bits[high] | tail if in_use else bits[high] & ~tail
+            if high - low > 1:
+                bits[low + 1 : high] = (b"\xff" if in_use else b"\0") * (high - low - 1)
+
+
+# ======================================================================================================================
+# Eviction
+# ======================================================================================================================
+
+# The order buffer, in 32-bit halves: 0 clock (64 bits), 2 free bucket, 4 top bucket, 8 the ring of buckets; then
+# buckets of 6 halves (last node, first node, lower bucket, higher bucket, key: 64 bits), then nodes of 10 halves
+# (previous, next, bucket, unused, sequence, use count, priority: 64 bits each). Links are positions in halves.
+_RING = 8
+_BUCKETS = 16
+_BUCKET_HALVES = 6
+_NODE_HALVES = 10
+_CLOCK, _FREE_BUCKET, _TOP_BUCKET = 0, 1, 2  # in words
+_LAST, _FIRST, _LOWER, _HIGHER = 0, 1, 2, 3  # in a bucket
+_PREV, _NEXT, _BUCKET = 0, 1, 2  # in a node
+_KEY, _SEQUENCE, _COUNT, _PRIORITY = 2, 2, 3, 4  # in words: key of a bucket, numbers of a node
+
+# What a policy sorts by first. Inside one key the order is that of the sequence numbers, oldest first.
+POLICY_KEY: dict[EvictionPolicy, Callable[[int, int], int]] = {
+    EvictionPolicy.LRU: lambda count, priority: 0,
+    EvictionPolicy.LFU: lambda count, priority: count,
+    EvictionPolicy.FIFO: lambda count, priority: 0,
+    EvictionPolicy.PRIORITY: lambda count, priority: priority,
+}
+
+
+class EvictionManager:
+    """The order in which entries go: buckets by policy key, lowest first, each a list by sequence number, oldest first.
+
+    Every operation is O(1), but for a new entry whose bucket has to be looked for: O(number of distinct keys) with
+    PRIORITY, and with LFU when an entry arrives with a use count of its own (a restore). The bucket lists for LFU
+    follow "An O(1) algorithm for implementing the LFU cache eviction scheme" (Shah, Mitra, Matani, 2010).
+
+    The numbers of a node (sequence, count, priority) are the truth; links and buckets are derived and rebuilt from
+    them. Inside a pool the buffer is a slice of the segment, entries are known by slot and the pool does the locking.
+    Alone, over private memory, entries are known by key, and the methods without `_locked` are thread-safe.
+    """
+
+    def __init__(self, policy: EvictionPolicy, buffer: memoryview | None = None, num_slots: int = 64) -> None:
+        self.policy = EvictionPolicy(policy)
+        self._lock = threading.Lock()
+        self._slot_of: dict[str, int] = {}
+        self._entry_of: dict[int, CacheEntry] = {}
+        self._free_slots: list[int] = []
+        self._use_buffer(memoryview(bytearray(self.buffer_bytes(num_slots))) if buffer is None else buffer, num_slots)
+        if buffer is None:
+            self.rebuild_locked(())
+
+    @staticmethod
+    def buffer_bytes(num_slots: int) -> int:
+        """Size of the order buffer."""
+        return 4 * (_BUCKETS + _BUCKET_HALVES * num_slots + _NODE_HALVES * (num_slots + 1))
+
+    def _use_buffer(self, buffer: memoryview, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._halves = buffer.cast("I")
+        self._words = buffer.cast("q")
+        self._nodes = _BUCKETS + _BUCKET_HALVES * num_slots
+
+    # --- by key, alone -----------------------------------------------------------------------------------------------
+
+    def add(self, entry: CacheEntry) -> None:
+        """Track an entry as the most recently used one; one of the same key is replaced."""
+        with self._lock:
+            self._remove(entry.key)
+            if not self._free_slots and len(self._entry_of) == self.num_slots:
+                self._grow()
+            slot = self._free_slots.pop() if self._free_slots else len(self._entry_of) + 1
+            self._slot_of[entry.key] = slot
+            self._entry_of[slot] = entry
+            self.stamp_locked(slot, entry.access_count, entry.priority)
+            self.link_locked(slot)
+
+    def access(self, key: str) -> None:
+        """Count a use of an entry; an unknown key is ignored."""
+        with self._lock:
+            slot = self._slot_of.get(key)
+            if slot is not None:
+                self.touch_locked(slot)
+                self._entry_of[slot].access_count += 1
+                self._entry_of[slot].last_accessed = time.time()
+
+    def remove(self, key: str) -> None:
+        """Forget an entry; an unknown key is ignored."""
+        with self._lock:
+            self._remove(key)
+
+    def get_eviction_candidates(self, count: int) -> list[str]:
+        """Up to `count` keys, next victim first."""
+        check_int("count", count, 0)
+        with self._lock:
+            return [self._entry_of[slot].key for slot in itertools.islice(self.victims_locked(), count)]
+
+    def get_all_entries(self) -> list[CacheEntry]:
+        """All tracked entries, in the order they were added."""
+        with self._lock:
+            return [self._entry_of[slot] for slot in self._slot_of.values()]
+
+    def _remove(self, key: str) -> None:
+        slot = self._slot_of.pop(key, None)
+        if slot is not None:
+            self.unlink_locked(slot)
+            del self._entry_of[slot]
+            self._free_slots.append(slot)
+
+    def _grow(self) -> None:
+        """Double the private buffer."""
+        numbers = {slot: self.numbers_locked(slot) for slot in self._entry_of}
+        clock = self._words[_CLOCK]
+        self._use_buffer(memoryview(bytearray(self.buffer_bytes(2 * self.num_slots))), 2 * self.num_slots)
+        for slot, (sequence, count, priority) in numbers.items():
+            word = self._node(slot) >> 1
+            self._words[word + _SEQUENCE] = sequence
+            self._words[word + _COUNT] = count
+            self._words[word + _PRIORITY] = priority
+        self._words[_CLOCK] = clock
+        self.rebuild_locked(numbers)
+
+    # --- by slot, in a pool ------------------------------------------------------------------------------------------
+
+    def _node(self, slot: int) -> int:
+        return self._nodes + slot * _NODE_HALVES
+
+    def stamp_locked(self, slot: int, count: int, priority: int) -> None:
+        """Give a slot its numbers: the next sequence number, a use count, a priority."""
+        words = self._words
+        word = self._node(slot) >> 1
+        words[_CLOCK] = sequence = words[_CLOCK] + 1
+        words[word + _SEQUENCE] = sequence
+        words[word + _COUNT] = count
+        words[word + _PRIORITY] = priority
+
+    def numbers_locked(self, slot: int) -> tuple[int, int, int]:
+        """(sequence number, use count, priority) of a slot."""
+        word = self._node(slot) >> 1
+        return self._words[word + _SEQUENCE], self._words[word + _COUNT], self._words[word + _PRIORITY]
+
+    def link_locked(self, slot: int) -> None:
+        """Put a stamped slot into the order, behind all others of its key."""
+        halves = self._halves
+        word = self._node(slot) >> 1
+        key = POLICY_KEY[self.policy](self._words[word + _COUNT], self._words[word + _PRIORITY])
+        words = self._words
+        bucket = halves[_RING + _LOWER]  # the highest one; restored entries come in ascending order
+        if bucket != _RING and words[(bucket >> 1) + _KEY] > key:
+            bucket = halves[_RING + _HIGHER]
+            while words[(bucket >> 1) + _KEY] < key:
+                bucket = halves[bucket + _HIGHER]
+            if words[(bucket >> 1) + _KEY] != key:
+                bucket = halves[bucket + _LOWER]
+        if bucket == _RING or words[(bucket >> 1) + _KEY] != key:
+            bucket = self._new_bucket(bucket, key)
+        self._append(self._node(slot), bucket)
+
+    def unlink_locked(self, slot: int) -> None:
+        """Take a slot out of the order."""
+        halves = self._halves
+        node = self._node(slot)
+        before, behind = halves[node], halves[node + _NEXT]
+        halves[before + _NEXT] = behind
+        halves[behind] = before
+        if before == behind:  # both are the bucket itself, now empty
+            self._drop_bucket(before)
+
+    def touch_locked(self, slot: int) -> None:
+        """Count a use of a slot and move it where the policy wants it."""
+        halves, words = self._halves, self._words
+        node = self._nodes + slot * _NODE_HALVES
+        word = node >> 1
+        words[word + _COUNT] = count = words[word + _COUNT] + 1
+        policy = self.policy
+        if policy is EvictionPolicy.FIFO:
+            return
+        words[_CLOCK] = sequence = words[_CLOCK] + 1
+        words[word + _SEQUENCE] = sequence
+        bucket = target = halves[node + _BUCKET]
+        before, behind = halves[node], halves[node + _NEXT]
+        if policy is EvictionPolicy.LFU:
+            target = halves[bucket + _HIGHER]
+            if target == _RING or words[(target >> 1) + _KEY] != count:
+                if before == behind:  # alone in its bucket, which can have the new key as well
+                    words[(bucket >> 1) + _KEY] = count
+                    return
+                target = self._new_bucket(bucket, count)
+        elif behind == bucket:  # the last one already
+            return
+        halves[before + _NEXT] = behind
+        halves[behind] = before
+        self._append(node, target)
+        if before == behind:
+            self._drop_bucket(bucket)
+
+    def victims_locked(self) -> Iterator[int]:
+        """Slots, next victim first. The order must not change meanwhile."""
+        halves = self._halves
+        bucket = halves[_RING + _HIGHER]
+        while bucket != _RING:
+            node = halves[bucket + _FIRST]
+            while node != bucket:
+                yield (node - self._nodes) // _NODE_HALVES
+                node = halves[node + _NEXT]
+            bucket = halves[bucket + _HIGHER]
+
+    def sort_key_locked(self, slot: int) -> tuple[int, int]:
+        """What the order sorts by: (policy key, sequence number)."""
+        sequence, count, priority = self.numbers_locked(slot)
+        return POLICY_KEY[self.policy](count, priority), sequence
+
+    def rebuild_locked(self, slots: Iterable[int]) -> None:
+        """Link just these slots, from their numbers."""
+        halves, words = self._halves, self._words
+        halves[_RING + _LOWER] = halves[_RING + _HIGHER] = _RING
+        words[_FREE_BUCKET] = 0
+        words[_TOP_BUCKET] = 0
+        ordered = sorted(slots, key=self.sort_key_locked)
+        words[_CLOCK] = max([words[_CLOCK], *(self.numbers_locked(slot)[0] for slot in ordered)])
+        for slot in ordered:
+            self.link_locked(slot)
+
+    def check_locked(self, slots: Iterable[int]) -> list[str]:
+        """Problems found when comparing the order with these slots, which are the ones that should be in it."""
+        expected = sorted(slots, key=self.sort_key_locked)
+        found = list(itertools.islice(self.victims_locked(), len(expected) + 1))
+        if found == expected:
+            return []
+        return [f"eviction order lists slots {found[:8]}..., the records say {expected[:8]}..."]
+
+    def _append(self, node: int, bucket: int) -> None:
+        halves = self._halves
+        last = halves[bucket]
+        halves[node] = last
+        halves[node + _NEXT] = bucket
+        halves[node + _BUCKET] = bucket
+        halves[last + _NEXT] = node
+        halves[bucket] = node
+
+    def _new_bucket(self, lower: int, key: int) -> int:
+        """An empty bucket right above another one."""
+        halves, words = self._halves, self._words
+        bucket = words[_FREE_BUCKET]
+        if bucket:
+            words[_FREE_BUCKET] = halves[bucket + _HIGHER]
+        else:
+            bucket = _BUCKETS + _BUCKET_HALVES * words[_TOP_BUCKET]
+            words[_TOP_BUCKET] += 1
+        higher = halves[lower + _HIGHER]
+        words[(bucket >> 1) + _KEY] = key
+        halves[bucket] = halves[bucket + _FIRST] = bucket
+        halves[bucket + _LOWER] = lower
+        halves[bucket + _HIGHER] = higher
+        halves[lower + _HIGHER] = bucket
+        halves[higher + _LOWER] = bucket
+        return bucket
+
+    def _drop_bucket(self, bucket: int) -> None:
+        halves = self._halves
+        lower, higher = halves[bucket + _LOWER], halves[bucket + _HIGHER]
+        halves[lower + _HIGHER] = higher
+        halves[higher + _LOWER] = lower
+        halves[bucket + _HIGHER] = self._words[_FREE_BUCKET]
+        self._words[_FREE_BUCKET] = bucket
+
+
+# ======================================================================================================================
+# Segment and lock
+# ======================================================================================================================
+
+_TRACKER_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def _untracked() -> Iterator[None]:
+    """Keep our segments away from the resource tracker, which unlinks live pools at exit (cpython#82300).
+
+    `track=False` exists only from Python 3.13 on. Registering and taking it back is no way out: a kill in between
+    dooms the pool, and children that share one tracker take back each other's registrations.
+    """
+    from multiprocessing import resource_tracker
+
+    with _TRACKER_LOCK:
+        register = resource_tracker.register
+
+        def register_others(name: Any, rtype: str) -> None:
+            if not name.lstrip("/").startswith(SEGMENT_PREFIX):
+                register(name, rtype)
+
+        resource_tracker.register = register_others
+        try:
+            yield
+        finally:
+            resource_tracker.register = register
+
+
+def _record_lock(fd: int, kind: int, offset: int, command: int) -> bytes:
+    """One call of the kernel's open-file-description locks (Linux 3.15): the byte at `offset`, far behind the data."""
+    return fcntl.fcntl(fd, command, struct.pack("hhqqi4x", kind, os.SEEK_SET, offset, 1, 0))
+
+
+def _try_lock_byte(fd: int, kind: int, offset: int) -> bool:
+    try:
+        _record_lock(fd, kind, offset, fcntl.F_OFD_SETLK)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _byte_is_locked(fd: int, offset: int) -> bool:
+    """Whether another open file description holds a lock on that byte."""
+    kind: int = struct.unpack_from("h", _record_lock(fd, fcntl.F_WRLCK, offset, fcntl.F_OFD_GETLK))[0]
+    return kind != fcntl.F_UNLCK
+
+
+def _somebody_has_open(path: str) -> bool:
+    """Whether any living process has the segment at `path` open."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return _byte_is_locked(fd, PRESENCE_BYTE)
+    finally:
+        os.close(fd)
+
+
+@functools.lru_cache(maxsize=1)
+def _boot_id() -> int:
+    """A number that changes with every boot."""
+    with contextlib.suppress(OSError):
+        return zlib.crc32(Path("/proc/sys/kernel/random/boot_id").read_bytes())
+    return 0
+
+
+@dataclass(frozen=True)
+class SegmentHeader:
+    """The fixed part of a segment's header."""
+
+    geometry: Geometry
+    config: CachePoolConfig
+    store_path: str
+    transient: bool
+
+    def encode(self) -> tuple[bytes, bytes]:
+        """(fixed words without the magic, JSON)."""
+        text = json.dumps(
+            {"config": self.config.to_dict(), "store": self.store_path, "transient": self.transient}
+        ).encode()
+        if len(text) > HEADER_SIZE - HEADER_JSON_AT:
+            raise InvalidArgumentError(
+                f"config and store path take {len(text)} bytes, the header holds {HEADER_SIZE - HEADER_JSON_AT}: use shorter paths"
+            )
+        g = self.geometry
+        fixed = HEADER.pack(b"", CACHE_VERSION, 0, g.size_bytes, g.block_size, g.num_blocks, g.max_entries, len(text))
+        checksum = zlib.crc32(text, zlib.crc32(fixed[HEADER_FIXED_AT:]))
+        return struct.pack("<II", CACHE_VERSION, checksum) + fixed[HEADER_FIXED_AT:], text
+
+    @classmethod
+    def decode(cls, data: bytes, file_bytes: int, path: str) -> SegmentHeader | None:
+        """Read a header; None if the maker of the segment died before it was done; CorruptionError if it is not ours."""
+        if not data[: len(CACHE_MAGIC)].strip(b"\0"):
+            return None
+        fixed = data.ljust(HEADER_SIZE, b"\0")
+        magic, version, checksum, size_bytes, block_size, num_blocks, max_entries, length = HEADER.unpack_from(fixed)
+        if magic != CACHE_MAGIC:
+            raise CorruptionError(
+                f"{path} begins with {magic!r}, a pool with {CACHE_MAGIC!r}: not a pool, or smashed; delete it"
+            )
+        if version != CACHE_VERSION:
+            raise CorruptionError(f"{path} has layout version {version}, this program knows {CACHE_VERSION}; delete it")
+        text = fixed[HEADER_JSON_AT : HEADER_JSON_AT + length]
+        if checksum != zlib.crc32(text, zlib.crc32(fixed[HEADER_FIXED_AT : HEADER.size])):
+            raise CorruptionError(
+                f"the header of {path} does not match its checksum: smashed; delete it and create it anew"
+            )
+        more = json.loads(text)
+        geometry = Geometry(size_bytes, block_size, num_blocks, max_entries)
+        if file_bytes != geometry.total_bytes:
+            raise CorruptionError(
+                f"{path} has {file_bytes} bytes, its header says {geometry.total_bytes}: cut? delete it"
+            )
+        return cls(geometry, CachePoolConfig.from_dict(more["config"]), more["store"], more["transient"])
+
+
+def read_header(path: str) -> SegmentHeader | None:
+    """The header of the segment at `path`; None as in `SegmentHeader.decode`. FileNotFoundError if it is not there."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return SegmentHeader.decode(os.pread(fd, HEADER_SIZE, 0), os.fstat(fd).st_size, path)
+    finally:
+        os.close(fd)
+
+
+class Segment:
+    """One mapped pool: its memory, seen as bytes, 32-bit halves, 64-bit words and floats, and its lock file.
+
+    `fd` is an open file description of our own, on which `flock` and the byte locks are taken. It must not be the one
+    that SharedMemory and mmap keep: a forked child shares those, and would hold our locks after our death.
+    """
+
+    def __init__(self, path: str, header: SegmentHeader, create: bool, progress: Progress | None = None) -> None:
+        """Map the segment at `path`; the caller holds the store lock. Making one fails whole or not at all."""
+        self.path = path
+        self.header = header
+        self.fd = -1
+        self.session = -1
+        self._shared_memory: Any = None
+        in_shm = os.path.dirname(path) == SHM_DIR
+        doing = "create" if create else "open"
+        made = False
+        try:
+            with _os_errors(f"{doing} {path}"):
+                if in_shm:
+                    from multiprocessing import shared_memory
+
+                    with _untracked():
+                        self._shared_memory = shared_memory.SharedMemory(
+                            os.path.basename(path), create=create, size=header.geometry.total_bytes if create else 0
+                        )
+                    made = create
+                self.fd = os.open(
+                    path, os.O_RDWR | os.O_CLOEXEC | (0 if in_shm or not create else os.O_CREAT | os.O_EXCL), 0o600
+                )
+                made = create
+                fcntl.flock(self.fd, fcntl.LOCK_EX)  # `prune` leaves an unfinished segment alone while this is held
+                if create:
+                    os.fchmod(self.fd, 0o600)
+                    self._reserve_space(progress)
+                _record_lock(self.fd, fcntl.F_RDLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLKW)
+                if in_shm:
+                    self.memory: mmap.mmap = self._shared_memory.buf.obj
+                else:
+                    self.memory = mmap.mmap(self.fd, header.geometry.total_bytes)
+            self.buffer = memoryview(self.memory)
+            self.read_only = self.buffer.toreadonly()
+            self.words = self.buffer.cast("q")
+            self.halves = self.buffer.cast("I")
+            self.floats = self.buffer.cast("d")
+            if create:
+                self._publish()
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+        except BaseException as error:
+            if made:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            self.close()
+            if isinstance(error.__cause__, FileExistsError):
+                raise PoolExistsError(f"{path} exists already") from error
+            raise
+
+    def _reserve_space(self, progress: Progress | None) -> None:
+        """Allocate every page now: a file that only looks large enough kills with SIGBUS at the first touch."""
+        total = self.header.geometry.total_bytes
+        try:
+            for at in range(0, total, RESERVE_CHUNK):
+                os.posix_fallocate(self.fd, at, min(RESERVE_CHUNK, total - at))
+                if progress is not None:
+                    progress(min(at + RESERVE_CHUNK, total), total)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            place = os.path.dirname(self.path)
+            room = os.statvfs(place)
+            fix = (
+                "raise Docker's --shm-size, remount it with a larger size=," if place == SHM_DIR else "free some space"
+            )
+            raise StorageError(
+                f"the pool needs {format_size(total)} and {place} has {format_size(room.f_bavail * room.f_frsize)} free of "
+                f"{format_size(room.f_blocks * room.f_frsize)}: {fix} or make a smaller pool"
+            ) from None
+
+    def _publish(self) -> None:
+        """Write the header, the magic last: without it there is no pool."""
+        fixed, text = self.header.encode()
+        self.memory[HEADER_JSON_AT : HEADER_JSON_AT + len(text)] = text
+        self.words[NO_RUN] = self.header.geometry.num_blocks + 1
+        self.words[BOOT_ID] = _boot_id()
+        self.words[DIRTY] = 1  # the first one to lock builds the index
+        self.memory[len(CACHE_MAGIC) : len(CACHE_MAGIC) + len(fixed)] = fixed
+        self.memory[: len(CACHE_MAGIC)] = CACHE_MAGIC
+
+    # --- sessions ----------------------------------------------------------------------------------------------------
+
+    def session_pids(self) -> dict[int, int]:
+        """Session number -> pid of all that are in the table, dead ones too."""
+        base = self.header.geometry.index_offset // 8
+        table = self.words[base : base + MAX_SESSIONS].tolist()
+        return {number: pid for number, pid in enumerate(table) if pid}
+
+    def is_alive(self, session: int) -> bool:
+        """Whether the process behind a session still has it open. Pids can be recycled and differ between containers;
+        a lock that the kernel drops with the process can't."""
+        return session == self.session or _byte_is_locked(self.fd, SESSION_BYTE + session)
+
+    def join_locked(self) -> None:
+        """Take a free session. Dead ones must have been cleared away before."""
+        taken = self.session_pids()
+        for number in range(MAX_SESSIONS):
+            if number not in taken and _try_lock_byte(self.fd, fcntl.F_WRLCK, SESSION_BYTE + number):
+                self.words[self.header.geometry.index_offset // 8 + number] = os.getpid()
+                self.session = number
+                return
+        raise StorageError(
+            f"{self.path} is open {MAX_SESSIONS} times, the limit: close a handle or use one per process"
+        )
+
+    def forget_session_locked(self, session: int) -> None:
+        """Clear a session that nothing refers to any more."""
+        self.words[self.header.geometry.index_offset // 8 + session] = 0
+
+    def reopen_after_fork(self) -> None:
+        """In a forked child: get locks of our own, and let go of the parent's."""
+        inherited = self.fd
+        self.session = -1
+        self.fd = os.open(f"/proc/self/fd/{inherited}", os.O_RDWR | os.O_CLOEXEC)
+        os.close(inherited)
+        _record_lock(self.fd, fcntl.F_RDLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLKW)
+
+    def close(self) -> None:
+        """Let go of locks and memory. Memory that a view still shows stays mapped until the last such view is gone."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+        for name in ("halves", "words", "floats", "read_only", "buffer"):
+            if hasattr(self, name):
+                getattr(self, name).release()
+        held, self._shared_memory = self._shared_memory, None
+        if held is not None:
+            # Its close() would raise BufferError while views exist, in __del__ too. Without these references it closes
+            # its file only, and the mapping goes with the last view.
+            held._buf = held._mmap = None
+            held.close()
+        if hasattr(self, "memory"):
+            del self.memory
+
+
+class StoreLock:
+    """`flock` on a store directory; serializes creating, opening by name and deleting. Use as a context manager."""
+
+    _open_fds: set[int] = set()  # noqa: RUF012  # closed in forked children, which must not hold our lock
+
+    def __init__(self, store_path: str, wait: bool = True) -> None:
+        self._path = store_path
+        self._wait = wait
+        self._fd = -1
+
+    def __enter__(self) -> StoreLock:
+        try:
+            with _os_errors(f"lock the store directory {self._path}"):
+                self._fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._open_fds.add(self._fd)
+                fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self._open_fds.discard(fd)
+            os.close(fd)
+
+    @classmethod
+    def after_fork(cls) -> None:
+        """In a forked child: drop locks that another thread of the parent holds."""
+        for fd in cls._open_fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        cls._open_fds.clear()
+
+
+# ======================================================================================================================
+# Entry table
+# ======================================================================================================================
+
+
+class EntryTable:
+    """The records of a segment, with a chain of slots for every hash of a key and of a prefix. The pool locks."""
+
+    def __init__(self, segment: Segment) -> None:
+        geometry = segment.header.geometry
+        self.memory, self.words = segment.memory, segment.words
+        self.halves, self.floats = segment.halves, segment.floats
+        self.num_slots = geometry.num_slots
+        self._geometry = geometry
+        self._records = geometry.records_offset // 4
+        self._key_heads = geometry.heads_offset // 4
+        self._prefix_heads = self._key_heads + self.num_slots
+
+    def record(self, slot: int) -> int:
+        """Position of a record, in halves; in words it is half of that."""
+        return self._records + slot * HALVES_PER_RECORD
+
+    def find(self, key: bytes) -> int:
+        """Slot of the entry, 0 if there is none."""
+        halves, memory = self.halves, self.memory
+        key_hash = zlib.crc32(key)
+        slot = halves[self._key_heads + key_hash % self.num_slots]
+        while slot:
+            record = self._records + slot * HALVES_PER_RECORD
+            if halves[record + R_KEY_HASH] == key_hash:
+                text = 4 * record + RECORD.size
+                if memory[text : text + len(key)] == key and halves[record + R_LENGTHS] & 0xFFFF == len(key):
+                    return slot
+            slot = halves[record + R_KEY_NEXT]
+        return 0
+
+    def claim(self, key: bytes, size: int, start: int, num_blocks: int, owner: int, meta: EntryMeta) -> int:
+        """Make a WRITING record; returns its slot, 0 if all are taken."""
+        halves, words = self.halves, self.words
+        slot = words[FREE_SLOT]
+        if slot:
+            words[FREE_SLOT] = halves[self.record(slot) + R_KEY_NEXT]
+        elif words[TOP_SLOT] < self.num_slots:
+            slot = words[TOP_SLOT] = words[TOP_SLOT] + 1
+        else:
+            return 0
+        now = time.time()
+        record = self.record(slot)
+        self.memory[4 * record : 4 * record + RECORD.size + len(key) + len(meta.prefix) + len(meta.tensor)] = (
+            RECORD.pack(
+                FREE, owner, size, start, num_blocks, zlib.crc32(key), zlib.crc32(meta.prefix), 0, 0, 0, 0, now, now,
+                meta.sequence_length, meta.layer_index, 0, 0, 0, 0, len(key), len(meta.prefix), len(meta.tensor), 0, meta.priority,
+            )
+            + key
+            + meta.prefix
+            + meta.tensor
+        )  # fmt: skip
+        halves[record] = WRITING
+        words[NUM_BUSY] += 1
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Put a slot that is in no chain on the free list."""
+        record = self.record(slot)
+        self.halves[record] = FREE
+        self.halves[record + R_KEY_NEXT] = self.words[FREE_SLOT]
+        self.words[FREE_SLOT] = slot
+
+    def link(self, slot: int) -> None:
+        """Enter a record into its two chains."""
+        halves = self.halves
+        record = self.record(slot)
+        head = self._key_heads + halves[record + R_KEY_HASH] % self.num_slots
+        halves[record + R_KEY_NEXT] = halves[head]
+        halves[head] = slot
+        head = self._prefix_heads + halves[record + R_PREFIX_HASH] % self.num_slots
+        behind = halves[head]
+        halves[record + R_PREFIX_NEXT] = behind
+        halves[record + R_PREFIX_PREV] = 0
+        if behind:
+            halves[self.record(behind) + R_PREFIX_PREV] = slot
+        halves[head] = slot
+
+    def unlink(self, slot: int) -> None:
+        """Take a record out of its two chains."""
+        halves = self.halves
+        record = self.record(slot)
+        link = self._key_heads + halves[record + R_KEY_HASH] % self.num_slots
+        while halves[link] != slot:
+            link = self.record(halves[link]) + R_KEY_NEXT
+        halves[link] = halves[record + R_KEY_NEXT]
+        before, behind = halves[record + R_PREFIX_PREV], halves[record + R_PREFIX_NEXT]
+        if before:
+            halves[self.record(before) + R_PREFIX_NEXT] = behind
+        else:
+            halves[self._prefix_heads + halves[record + R_PREFIX_HASH] % self.num_slots] = behind
+        if behind:
+            halves[self.record(behind) + R_PREFIX_PREV] = before
+
+    def find_prefix(self, prefix: bytes) -> list[int]:
+        """Slots of the entries with that prefix hash, oldest first. O(their number)."""
+        prefix_hash = zlib.crc32(prefix)
+        slots = []
+        slot = self.halves[self._prefix_heads + prefix_hash % self.num_slots]
+        while slot:
+            record = self.record(slot)
+            if self.halves[record + R_PREFIX_HASH] == prefix_hash and self.texts(slot)[1] == prefix:
+                slots.append(slot)
+            slot = self.halves[record + R_PREFIX_NEXT]
+        return slots[::-1]
+
+    def texts(self, slot: int) -> tuple[bytes, bytes, bytes]:
+        """(key, prefix hash, tensor description)."""
+        at = 4 * self.record(slot)
+        key_length, prefix_length, tensor_length, _ = struct.unpack_from("<4H", self.memory, at + 4 * R_LENGTHS)
+        at += RECORD.size
+        text = self.memory[at : at + key_length + prefix_length + tensor_length]
+        return text[:key_length], text[key_length : key_length + prefix_length], text[key_length + prefix_length :]
+
+    def extent(self, slot: int) -> tuple[int, int]:
+        """(start block, number of blocks)."""
+        record = self.record(slot)
+        return self.halves[record + R_START], self.halves[record + R_BLOCKS]
+
+    def is_pinned(self, slot: int) -> bool:
+        """Whether any session has a pin on it."""
+        word = (self.record(slot) >> 1) + W_PINS
+        return bool(self.words[word] or self.words[word + 1])
+
+    def set_pin(self, slot: int, session: int, pinned: bool) -> None:
+        """Set or clear the pin of one session: a single write, so that no crash leaves half of it."""
+        half = self.record(slot) + R_PINS + (session >> 5)
+        bit = 1 << (session & 31)
+        self.halves[half] = self.halves[half] | bit if pinned else self.halves[half] & ~bit
+
+    def has_pin(self, slot: int, session: int) -> bool:
+        return bool(self.halves[self.record(slot) + R_PINS + (session >> 5)] >> (session & 31) & 1)
+
+    def slots(self, *states: int) -> list[int]:
+        """All slots in one of these states; one pass over the table."""
+        first = self.record(1)
+        top = min(max(self.words[TOP_SLOT], 0), self.num_slots)
+        column = self.halves[first : first + top * HALVES_PER_RECORD : HALVES_PER_RECORD].tolist()
+        return [slot for slot, state in enumerate(column, 1) if state in states]
+
+    def damage(self, slot: int) -> str:
+        """What makes a record impossible, empty if nothing does. Only stray writes by others can cause it."""
+        record = self.record(slot)
+        start, num_blocks = self.extent(slot)
+        size = self.words[(record >> 1) + W_SIZE]
+        lengths = struct.unpack_from("<3H", self.memory, 4 * (record + R_LENGTHS))
+        if size < 0 or num_blocks != self._geometry.blocks_for(size):
+            return f"slot {slot} holds {size} bytes in {num_blocks} blocks"
+        if start + num_blocks > self._geometry.num_blocks:
+            return f"slot {slot} claims blocks {start} to {start + num_blocks - 1} of {self._geometry.num_blocks}"
+        if not 0 < lengths[0] <= MAX_KEY_BYTES or sum(lengths) > RECORD_TEXT:
+            return f"slot {slot} has texts of {lengths} bytes"
+        key, prefix, _ = self.texts(slot)
+        if (zlib.crc32(key), zlib.crc32(prefix)) != (
+            self.halves[record + R_KEY_HASH],
+            self.halves[record + R_PREFIX_HASH],
+        ):
+            return f"slot {slot} has a key or prefix that does not match its hash"
+        try:
+            b" ".join(self.texts(slot)).decode()
+        except UnicodeDecodeError:
+            return f"slot {slot} has texts that are not UTF-8"
+        return ""
+
+    def rebuild(self, entries: Iterable[int], others: Iterable[int]) -> None:
+        """Make chains, free list and counters from the records: `entries` exist, `others` are busy, the rest is free."""
+        halves, words = self.halves, self.words
+        heads = 4 * self._key_heads
+        self.memory[heads : heads + 8 * self.num_slots] = bytes(8 * self.num_slots)
+        count = 0
+        for slot in entries:
+            self.link(slot)
+            count += 1
+        kept = {*entries, *others}
+        old_top = min(max(words[TOP_SLOT], 0), self.num_slots)
+        words[FREE_SLOT] = 0
+        words[TOP_SLOT] = max(kept, default=0)
+        for slot in range(old_top, 0, -1):
+            if slot > words[TOP_SLOT]:
+                halves[self.record(slot)] = FREE
+            elif slot not in kept:
+                self.release(slot)
+        words[NUM_ENTRIES] = count
+        words[NUM_BUSY] = len(kept) - count
+
+    def check(self, entries: list[int], others: list[int]) -> list[str]:
+        """Problems found when comparing chains, free list and counters with the records."""
+        halves, words = self.halves, self.words
+        problems = []
+        for name, heads, next_at, hash_at in (
+            ("key", self._key_heads, R_KEY_NEXT, R_KEY_HASH),
+            ("prefix", self._prefix_heads, R_PREFIX_NEXT, R_PREFIX_HASH),
+        ):
+            found: list[int] = []
+            for index, head in enumerate(halves[heads : heads + self.num_slots].tolist()):
+                slot, before = head, 0
+                while 0 < slot <= self.num_slots and len(found) <= len(entries):
+                    record = self.record(slot)
+                    if halves[record + hash_at] % self.num_slots != index:
+                        problems.append(f"slot {slot} is in the wrong {name} chain, {index}")
+                    if name == "prefix" and halves[record + R_PREFIX_PREV] != before:
+                        problems.append(f"slot {slot} has a wrong backward link in prefix chain {index}")
+                    found.append(slot)
+                    slot, before = halves[record + next_at], slot
+            if sorted(found) != entries:
+                problems.append(f"the {name} chains hold {len(found)} slots, there are {len(entries)} entries")
+        free = set()
+        slot = words[FREE_SLOT]
+        while 0 < slot <= self.num_slots and slot not in free:
+            free.add(slot)
+            slot = halves[self.record(slot) + R_KEY_NEXT]
+        if free != set(range(1, words[TOP_SLOT] + 1)) - {*entries, *others}:
+            problems.append(f"the free list holds {len(free)} slots, which are not those that are free")
+        for name, word, value in (("entries", NUM_ENTRIES, len(entries)), ("busy records", NUM_BUSY, len(others))):
+            if words[word] != value:
+                problems.append(f"the header counts {words[word]} {name}, there are {value}")
+        return problems
+
+
+# ======================================================================================================================
+# Snapshot
+# ======================================================================================================================
+
+# A snapshot is a safetensors file (https://github.com/huggingface/safetensors#format): eight bytes of header length, a
+# JSON header, the tensors without gaps. One tensor an entry, next victim first, so that reading them in turn rebuilds
+# the eviction order. `__metadata__` holds "format", "header_crc32", "config" (JSON) and "entries" (JSON: tensor name ->
+# `SnapshotEntry.to_json`).
+
+SNAPSHOT_FORMAT = "cortex-kv 1"
+NO_CHECKSUM = "00000000"  # stands in the header while its CRC-32 is computed, over the header with its padding
+SNAPSHOT_SUFFIX = ".safetensors"
+MAX_SNAPSHOT_HEADER = 1 << 31
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass
+class SnapshotEntry:
+    """One entry of a snapshot: where its bytes lie in the file, their CRC-32, and what the pool knew about it."""
+
+    entry: CacheEntry  # its offset counts from the start of the file
+    crc32: int | None  # None: written by another program
+
+    def to_json(self) -> list[Any]:
+        e = self.entry
+        return [
+            f"{self.crc32 or 0:08x}", e.key, e.prefix_hash, e.created_at, e.last_accessed, e.access_count, e.priority,
+            e.sequence_length, e.layer_index, bool(e.dtype),
+        ]  # fmt: skip
+
+
+def _snapshot_header(config: CachePoolConfig, saved: Mapping[str, SnapshotEntry]) -> bytes:
+    """The JSON header for tensors that lie one behind the other, its checksum still NO_CHECKSUM."""
+    entries = json.dumps({name: item.to_json() for name, item in saved.items()}, ensure_ascii=False)
+    config_text = json.dumps(config.to_dict())
+    metadata = {"format": SNAPSHOT_FORMAT, "header_crc32": NO_CHECKSUM, "config": config_text, "entries": entries}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    begin = 0
+    for name, item in saved.items():
+        dtype, shape = (item.entry.dtype, list(item.entry.shape)) if item.entry.dtype else ("U8", [item.entry.size])
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + item.entry.size]}
+        begin += item.entry.size
+    return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def write_snapshot(
+    path: str,
+    config: CachePoolConfig,
+    entries: list[CacheEntry],
+    read: Callable[[str], contextlib.AbstractContextManager[tuple[CacheEntry, memoryview] | None]],
+    progress: Progress | None = None,
+) -> int:
+    """Write a snapshot of `entries` and return how many it holds; the file at `path` is replaced whole or not at all.
+
+    `read(key)` opens one value at a time; an entry that has gone meanwhile is left out. The header comes first in the
+    file but is known last, so room for it is kept and filled up with spaces, as the format allows. The temporary file
+    has a fixed name and is locked: two writers to one path take turns, and what a killed one left is reused.
+    """
+    directory, base = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(directory, f".{base}.tmp")
+    with _os_errors(f"write the snapshot {path}"):
+        while True:
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            file = os.fdopen(fd, "r+b")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(temporary)):
+                    break  # else another writer has renamed it meanwhile
+            file.close()
+        try:
+            with file:
+                os.fchmod(fd, 0o600)
+                file.truncate()
+                saved = _write_values(file, config, entries, read, progress)
+                file.flush()
+                os.fsync(fd)
+                os.rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+        directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory_fd)
+        finally:
+            os.close(directory_fd)
+    return saved
+
+
+def _write_values(
+    file: BinaryIO,
+    config: CachePoolConfig,
+    entries: list[CacheEntry],
+    read: Callable[[str], contextlib.AbstractContextManager[tuple[CacheEntry, memoryview] | None]],
+    progress: Progress | None,
+) -> int:
+    expected = {f"{entry.key}{'_' * 20}": SnapshotEntry(entry, 0) for entry in entries}
+    room = (len(_snapshot_header(config, expected)) + 128 * len(entries) + 4096) // 8 * 8
+    total = sum(entry.size for entry in entries)
+    file.seek(8 + room)
+    saved: dict[str, SnapshotEntry] = {}
+    done = 0
+    for listed in entries:
+        with read(listed.key) as found:
+            if found is None:
+                continue
+            entry, data = found
+            checksum = 0
+            for at in range(0, len(data), COPY_CHUNK):
+                with data[at : at + COPY_CHUNK] as chunk:
+                    checksum = zlib.crc32(chunk, checksum)
+                    file.write(chunk)
+                    done += len(chunk)
+                if progress is not None:
+                    progress(done, total)
+            name = entry.key
+            while name in saved or name == "__metadata__":  # the one name that safetensors keeps for itself
+                name += "_"
+            saved[name] = SnapshotEntry(entry, checksum)
+    header = _snapshot_header(config, saved)
+    if len(header) > room:  # would take entries rewritten meanwhile with far longer texts
+        raise StorageError(f"the snapshot's header has {len(header)} bytes, room was kept for {room}: try again")
+    header = header.ljust(room)
+    header = header.replace(NO_CHECKSUM.encode(), b"%08x" % zlib.crc32(header), 1)
+    file.seek(0)
+    file.write(struct.pack("<Q", room) + header)
+    return len(saved)
+
+
+class Snapshot:
+    """A snapshot file open for reading. Its header is checked when it is opened, its values by `verify`."""
+
+    def __init__(self, path: str) -> None:
+        """FileNotFoundError if there is no such file, CorruptionError if it is not a whole safetensors file."""
+        self.path = path
+        self.config: CachePoolConfig | None = None  # None: written by another program
+        self.entries: list[SnapshotEntry] = []
+        self._file: BinaryIO | None = None
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                raise CorruptionError(f"{path} is not a file")
+            self._read_header(self._file)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            self.close()
+            raise StorageError(f"cannot read the snapshot {path}: {error.strerror}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _read_header(self, file: BinaryIO) -> None:
+        file_bytes = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(file_bytes - 8, MAX_SNAPSHOT_HEADER):
+            raise CorruptionError(f"{self.path} is no safetensors file: {file_bytes} bytes, header length {length}")
+        try:
+            self._take_header(file.read(length), file_bytes)
+        except CorruptionError:
+            raise
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise CorruptionError(f"the header of {self.path} is damaged: {error or type(error).__name__}") from None
+
+    def _take_header(self, raw: bytes, file_bytes: int) -> None:
+        data_at = 8 + len(raw)
+        header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
+        metadata = header.pop("__metadata__", {})
+        # Any sign of ours counts, so that damage to one of them does not make the file look like another program's.
+        ours = (
+            not {"header_crc32", "config", "entries"}.isdisjoint(metadata) or metadata.get("format") == SNAPSHOT_FORMAT
+        )
+        about: dict[str, list[Any]] = {}
+        if ours:
+            checksum_text = metadata["header_crc32"].encode()
+            if metadata["format"] != SNAPSHOT_FORMAT:
+                raise ValueError(f"format {metadata['format']!r}, this program knows {SNAPSHOT_FORMAT!r}")
+            if zlib.crc32(raw.replace(checksum_text, NO_CHECKSUM.encode(), 1)) != int(checksum_text, 16):
+                raise ValueError("it does not match its checksum")
+            about = json.loads(metadata["entries"], object_pairs_hook=_unique_keys)
+            self.config = CachePoolConfig.from_dict(json.loads(metadata["config"]))
+            if about.keys() != header.keys():
+                raise ValueError("its entries and its tensors differ")
+        end = 0
+        now = time.time()
+        for name, tensor in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+            begin, stop = tensor["data_offsets"]
+            shape = tuple(check_int("dimension", n, 0) for n in tensor["shape"])
+            if begin != end or check_int("offset", stop, begin) > file_bytes - data_at:
+                raise CorruptionError(
+                    f"{self.path} is cut or damaged: entry {name!r} lies at {begin} to {stop}, after {end} of "
+                    f"{file_bytes - data_at} bytes"
+                )
+            end = stop
+            size, dtype = stop - begin, str(tensor["dtype"])
+            count = functools.reduce(lambda a, b: a * b, shape, 1)
+            if dtype in DTYPE_BYTES and count * DTYPE_BYTES[dtype] != size:
+                raise ValueError(f"tensor {name!r} of {dtype} {list(shape)} has {size} bytes")
+            checksum, is_tensor = None, True
+            entry = CacheEntry(name, "", data_at + begin, size, now, now)
+            if ours:
+                (text, entry.key, entry.prefix_hash, entry.created_at, entry.last_accessed, entry.access_count,
+                 entry.priority, entry.sequence_length, entry.layer_index, is_tensor) = about[name]  # fmt: skip
+                checksum = int(text, 16)
+                float(entry.created_at) + float(entry.last_accessed)
+                check_int("access count", entry.access_count, 0)
+            if is_tensor:
+                entry.dtype, entry.shape = dtype, shape
+            snapshot_meta(entry)
+            self.entries.append(SnapshotEntry(entry, checksum))
+        if end != file_bytes - data_at:
+            raise CorruptionError(
+                f"{self.path} has {file_bytes} bytes, its header describes {data_at + end}: not whole"
+            )
+        if len({item.entry.key for item in self.entries}) != len(self.entries):
+            raise ValueError("two entries have one key")
+
+    def read(self, item: SnapshotEntry, target: memoryview) -> bool:
+        """Read one value; False if it does not match its checksum.
+
+        A `target` shorter than the value is filled again and again: good for checking only.
+        """
+        assert self._file is not None
+        size = item.entry.size
+        checksum = done = 0
+        while done < size:
+            at = done if len(target) >= size else 0
+            with target[at : at + min(COPY_CHUNK, size - done)] as chunk, _os_errors(f"read the snapshot {self.path}"):
+                count = os.preadv(self._file.fileno(), [chunk], item.entry.offset + done)
+                checksum = zlib.crc32(chunk[:count], checksum)
+            if not count:
+                return False
+            done += count
+        return item.crc32 is None or checksum == item.crc32
+
+    def verify(self, salvage: bool = False, progress: Progress | None = None) -> list[SnapshotEntry]:
+        """Read all values once and return the intact entries.
+
+        CorruptionError naming the first damaged one, unless `salvage` says to leave such out.
+        """
+        intact = []
+        total = sum(item.entry.size for item in self.entries)
+        done = 0
+        scratch = memoryview(bytearray(COPY_CHUNK))
+        for item in self.entries:
+            if self.read(item, scratch):
+                intact.append(item)
+            elif not salvage:
+                raise CorruptionError(
+                    f"{self.path}: entry {item.entry.key!r} does not match its checksum; restore with salvage to take the rest"
+                )
+            done += item.entry.size
+            if progress is not None:
+                progress(done, total)
+        return intact
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads, which would silently drop the first of two equal keys."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("two entries have one name")
+    return result
+
+
+def snapshot_meta(entry: CacheEntry) -> EntryMeta:
+    """The metadata of an entry, checked, for storing it."""
+    return EntryMeta.of(
+        encode_key(entry.key),
+        entry.prefix_hash,
+        entry.priority,
+        entry.sequence_length,
+        entry.layer_index,
+        entry.dtype,
+        entry.shape,
+    )
+
+
+# ======================================================================================================================
+# Pool
+# ======================================================================================================================
+
+_open_pools: weakref.WeakSet[KVCachePool] = weakref.WeakSet()
+
+
+def default_store_path() -> str:
+    """`$CORTEX_CACHE_DIR`, or ~/.config/cortex/kv_cache."""
+    return os.environ.get("CORTEX_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".config", "cortex", "kv_cache")
+
+
+def _real_store_path(store_path: str | os.PathLike[str] | None) -> str:
+    return os.path.realpath(os.fspath(store_path) if store_path is not None else default_store_path())
+
+
+def _segment_paths(store_path: str, name: str) -> dict[str, str]:
+    """Tier -> path of the segment of that name. Names of two stores never meet: a digest of the store is in them."""
+    segment = f"{SEGMENT_PREFIX}{hashlib.sha256(os.fsencode(store_path)).hexdigest()[:12]}-{name}"
+    return {"cpu": f"{SHM_DIR}/{segment}", "nvme": os.path.join(store_path, segment)}
+
+
+def _find_segment(path: str) -> SegmentHeader | None:
+    """The header of the pool at `path`, None if there is none. The caller holds the store lock.
+
+    What is left of a creation that was killed, or of a transient pool that nobody has open, is removed.
+    """
+    try:
+        with _os_errors(f"open {path}"):
+            header = read_header(path)
+            if header is not None and not (header.transient and not _somebody_has_open(path)):
+                return header
+            os.unlink(path)
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+    return None
+
+
+def _check_agreement(config: CachePoolConfig, there: CachePoolConfig) -> None:
+    """PoolMismatchError showing both when a config differs in what a pool can't change."""
+    names = ("size_bytes", "tier", "eviction_policy", "block_size")
+    different = [name for name in names if getattr(config, name) != getattr(there, name)]
+    if different:
+        asked = ", ".join(f"{name} {getattr(config, name)}" for name in different)
+        found = ", ".join(f"{name} {getattr(there, name)}" for name in different)
+        raise PoolMismatchError(
+            f"pool {config.name!r} is there with {found}; asked for was {asked}: use its values or delete it"
+        )
+
+
+def _open_segment(
+    store_path: str,
+    name: str,
+    config: CachePoolConfig | None = None,
+    *,
+    create: bool = False,
+    transient: bool = False,
+    exclusive: bool = False,
+    progress: Progress | None = None,
+) -> Segment | None:
+    """Open the pool of that name, or make it; None if it is not there. With `exclusive` it must not be there."""
+    check_name(name)
+    if sys.platform != "linux":
+        raise UnsupportedError(f"pools need Linux (open-file-description locks, {SHM_DIR}); this is {sys.platform}")
+    paths = _segment_paths(store_path, name)
+    new = None
+    if config is not None:
+        if config.tier == "gpu":
+            raise UnsupportedError(
+                "tier 'gpu' is not built yet: it needs CUDA memory shared between processes; use cpu, or nvme"
+            )
+        if config.tier not in paths:
+            raise InvalidArgumentError(f"tier {config.tier!r} must be one of cpu, nvme")
+        if config.eviction_policy not in {policy.value for policy in EvictionPolicy}:
+            known = ", ".join(policy.value for policy in EvictionPolicy)
+            raise InvalidArgumentError(f"eviction_policy {config.eviction_policy!r} must be one of {known}")
+        new = SegmentHeader(Geometry.of(config), config, store_path, transient)
+        new.encode()
+    if create:
+        with _os_errors(f"make the store directory {store_path}"):
+            os.makedirs(store_path, mode=0o700, exist_ok=True)
+    elif not os.path.isdir(store_path):
+        return None
+    with StoreLock(store_path):
+        for path in paths.values():
+            there = _find_segment(path)
+            if there is not None:
+                if exclusive:
+                    raise PoolExistsError(f"pool {name!r} exists already: delete it first, or open it")
+                if config is not None:
+                    _check_agreement(config, there.config)
+                return Segment(path, there, create=False)
+        if not create or new is None:
+            return None
+        return Segment(paths[new.config.tier], new, create=True, progress=progress)
+
+
+def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Concatenate[KVCachePool, _P], _R]:
+    """Run a method under the pool's lock, after putting in order what others, or an interrupt, left behind.
+
+    A KeyboardInterrupt may arrive after any call. `with` on an RLock (C code) and `flock` inside the try block leave no
+    gap in which a lock could stay held: unlocking what is not locked does no harm. A wrapper of our own around both,
+    used with `with`, would have one, at the first instruction of its `__exit__`.
+    """
+    ends_something = method.__name__ in ("_unpin", "_commit", "_join", "_leave")  # done for views of a closed pool too
+
+    @functools.wraps(method)
+    def locked(self: KVCachePool, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with self._mutex:
+            if self._is_locked:
+                raise CacheError(
+                    f"pool {self.name!r} was called by a signal handler that interrupted a call to it: try later"
+                )
+            segment = self._segment
+            if segment is None or (self._closing and not ends_something):
+                raise PoolClosedError(f"pool {self.name!r} is closed: open it again")
+            fd = segment.fd
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                self._is_locked = True
+                if self._words[DIRTY] or self._untidy or self._gone_views:
+                    self._recover_locked()
+                return method(self, *args, **kwargs)
+            finally:
+                self._is_locked = False
+                fcntl.flock(fd, fcntl.LOCK_UN)
+
+    return cast("Callable[Concatenate[KVCachePool, _P], _R]", locked)
+
+
+class _ViewRef(weakref.ref):  # type: ignore[type-arg]
+    """Tells when the last user of a view has gone."""
+
+    __slots__ = ("token",)
+    token: int
+
+
+class _View(contextlib.AbstractContextManager["memoryview | None"]):
+    """A pinned read-only view of one value."""
+
+    def __init__(self, pool: KVCachePool, key: bytes) -> None:
+        self._pool = pool
+        self._key = key
+        self._token = 0
+        self._view: memoryview | None = None
+
+    def __enter__(self) -> memoryview | None:
+        pool = self._pool
+        self._token = token = next(pool._tokens)
+        try:
+            self._view = view = pool._open_view(self._key, token)
+        except BaseException:
+            pool._abandon(token)
+            raise
+        return view
+
+    def __exit__(self, *_: object) -> None:
+        view, self._view = self._view, None
+        if view is not None:
+            self._pool._close_view(self._token, view)
+
+
+class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
+    """A writable view of a value that exists from the clean end of the `with` block on."""
+
+    def __init__(self, pool: KVCachePool, key: bytes, size: int, meta: EntryMeta) -> None:
+        self._pool = pool
+        self._key = key
+        self._size = size
+        self._meta = meta
+        self._token = 0
+        self._view: memoryview | None = None
+
+    def __enter__(self) -> memoryview | None:
+        pool = self._pool
+        self._token = next(pool._tokens)
+        try:
+            place = pool._reserve(self._key, self._size, self._meta, self._token)
+            if place is not None:
+                pool._zero(*place)
+                self._view = pool._writable(*place)
+        except BaseException:
+            pool._abandon(self._token)
+            raise
+        return self._view
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        view, self._view = self._view, None
+        if view is None:
+            return
+        pool = self._pool
+        try:
+            if error_type is None and self._token in pool._holds:  # not in a forked child: the value is its parent's
+                pool._commit(self._token, view=view)
+        finally:
+            with contextlib.suppress(BufferError):  # an array still uses it; `_commit` has left a pin in that case
+                view.release()
+            pool._abandon(self._token)
+
+
+class _Entries(Mapping[str, CacheEntry]):
+    """The entries of a pool as a mapping. Reading it changes neither order nor statistics."""
+
+    def __init__(self, pool: KVCachePool) -> None:
+        self._pool = pool
+
+    def __getitem__(self, key: str) -> CacheEntry:
+        entry = self._pool._describe(encode_key(key))
+        if entry is None:
+            raise KeyError(key)
+        return entry
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._pool._describe(encode_key(key)) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([entry.key for entry in self._pool._describe_all()])
+
+    def __len__(self) -> int:
+        return self._pool._count()
+
+    def values(self) -> Any:
+        return self._pool._describe_all()
+
+    def items(self) -> Any:
+        return [(entry.key, entry) for entry in self._pool._describe_all()]
+
+
+class KVCachePool:
+    """A pool of KV blocks in memory that every process of the host can open by name.
+
+    All methods are safe to call from several threads and processes at once, and may be interrupted or killed at any
+    point. Methods that read or change entries take the pool's lock for a few microseconds; values of more than 64 KiB
+    are copied outside it. After `fork` the child goes on with locks of its own; views and pins stay the parent's.
+    """
+
+    def __init__(
+        self, config: CachePoolConfig, create: bool = True, *, store_path: str | os.PathLike[str] | None = None
+    ) -> None:
+        """Open the pool `config.name`, or make one that lives as long as some process has it open.
+
+        PoolNotFoundError if it is not there and `create` is false, PoolMismatchError if its size, tier, policy or block
+        size differ from the config's. `store_path`: the store directory, by default that of `CacheStore()`.
+        """
+        if not isinstance(config, CachePoolConfig):
+            raise InvalidArgumentError(f"config is a {type(config).__name__}, it must be a CachePoolConfig")
+        store = _real_store_path(store_path)
+        segment = _open_segment(store, config.name, config, create=create, transient=True)
+        if segment is None:
+            raise PoolNotFoundError(f"there is no pool {config.name!r} in {store}: create it first")
+        self._start(segment)
+
+    @classmethod
+    def attach(cls, name: str, store_path: str | os.PathLike[str] | None = None) -> KVCachePool:
+        """Open an existing pool; PoolNotFoundError if there is none of that name."""
+        store = _real_store_path(store_path)
+        segment = _open_segment(store, name)
+        if segment is None:
+            raise PoolNotFoundError(f"there is no pool {name!r} in {store}: create it first")
+        return cls._over(segment)
+
+    @classmethod
+    def _over(cls, segment: Segment) -> KVCachePool:
+        pool = cls.__new__(cls)
+        pool._start(segment)
+        return pool
+
+    def _start(self, segment: Segment) -> None:
+        self._segment: Segment | None = segment
+        self.config = segment.header.config
+        self.name = self.config.name
+        self.store_path = segment.header.store_path
+        self._geometry = geometry = segment.header.geometry
+        self._path = segment.path
+        self._inode = os.fstat(segment.fd).st_ino
+        self._mutex = threading.RLock()
+        self._is_locked = False
+        self._closing = False
+        # What this handle holds: token -> slot that it pins or writes. It is the truth about our own pins and WRITING
+        # records; after an interrupt `_tidy_locked` makes the shared ones agree with it.
+        self._holds: dict[int, int] = {}
+        self._writes: set[int] = set()  # the tokens that write
+        self._pins: dict[int, int] = {}  # slot -> how many of our tokens pin it
+        self._view_refs: dict[int, _ViewRef] = {}
+        self._pins_by_key: dict[bytes, list[int]] = {}
+        self._tokens = itertools.count(1)
+        self._gone_views: deque[_ViewRef] = deque()
+        self._untidy = True  # joins at the first lock
+        self._memory, self._words = segment.memory, segment.words
+        self._table = EntryTable(segment)
+        self._allocator = BitmapAllocator(
+            geometry.num_blocks,
+            segment.buffer[HEADER_SIZE : geometry.data_offset],
+            segment.words[ALLOCATED : NO_RUN + 1],
+        )
+        self._order = EvictionManager(
+            EvictionPolicy(self.config.eviction_policy),
+            segment.buffer[geometry.order_offset : geometry.records_offset],
+            geometry.num_slots,
+        )
+        _open_pools.add(self)
+        self._join()
+
+    # --- closing -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Let go of the pool, its pins with it; a second call does nothing.
+
+        Views that are still in use stay readable, and their entries pinned, until they end. A pool that was not made by
+        `CacheStore.create` disappears with its last handle.
+        """
+        with self._mutex:
+            if self._segment is None or self._closing:
+                return
+            if self._is_locked:
+                raise CacheError(
+                    f"pool {self.name!r} cannot be closed by a signal handler that interrupted a call to it"
+                )
+            self._closing = True
+            self._unpin_all()
+            self._close_if_unused()
+
+    def unlink(self) -> None:
+        """Delete the pool, closed or not; other handles keep what they see until they are closed."""
+        self._remove_name(wait=True)
+
+    def __enter__(self) -> KVCachePool:
+        self._check_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # No lock is taken here: this may run inside a call to another pool, and waiting could then be for ever. The
+        # kernel tells the others that the session is over; they clear it away as they do for the dead.
+        segment = getattr(self, "_segment", None)
+        if segment is not None:
+            self._segment = None
+            self._shut(segment, wait=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pool sent to another process is opened there by name."""
+        return KVCachePool.attach, (self.name, self.store_path)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._segment is None else self.config.eviction_policy
+        return f"<KVCachePool {self.name!r} {format_size(self._geometry.size_bytes)} {state}>"
+
+    def _check_open(self) -> None:
+        if self._segment is None or self._closing:
+            raise PoolClosedError(f"pool {self.name!r} is closed: open it again")
+
+    def _close_if_unused(self) -> None:
+        """The second half of `close`, once no view and no copy under way needs the memory."""
+        with self._mutex:
+            segment = self._segment
+            if not self._closing or segment is None or self._holds:
+                return
+            self._leave()
+            self._segment = None
+            self._shut(segment, wait=True)
+
+    def _shut(self, segment: Segment, wait: bool) -> None:
+        # Whatever refers to the memory keeps it mapped.
+        for name in ("_table", "_allocator", "_order", "_memory", "_words"):
+            self.__dict__.pop(name, None)
+        segment.close()
+        _open_pools.discard(self)
+        if segment.header.transient:
+            with contextlib.suppress(CacheError):  # the store is gone, or busy: the next opener or `prune` removes it
+                self._remove_name(wait, only_if_unused=True)
+
+    def _remove_name(self, wait: bool, only_if_unused: bool = False) -> None:
+        with (
+            StoreLock(self.store_path, wait),
+            _os_errors(f"delete {self._path}"),
+            contextlib.suppress(FileNotFoundError),
+        ):
+            if os.stat(self._path).st_ino == self._inode and not (only_if_unused and _somebody_has_open(self._path)):
+                os.unlink(self._path)
+
+    def _after_fork(self) -> None:
+        """In a forked child: locks and session of our own, and none of the parent's views, pins and writes."""
+        segment = self._segment
+        self._mutex = threading.RLock()
+        self._is_locked = False
+        for mapping in (self._holds, self._pins, self._view_refs, self._pins_by_key):
+            mapping.clear()
+        self._writes.clear()
+        self._gone_views.clear()
+        self._untidy = True
+        if segment is not None:
+            try:
+                segment.reopen_after_fork()
+            except OSError:  # out of file descriptors, or no /proc: better closed than without locks
+                self._segment = None
+                self._shut(segment, wait=False)
+
+    # --- putting in order --------------------------------------------------------------------------------------------
+
+    @_locked
+    def _join(self) -> None:
+        """Become a session, by way of `_recover_locked`."""
+
+    @_locked
+    def _leave(self) -> None:
+        assert self._segment is not None
+        self._segment.forget_session_locked(self._segment.session)
+
+    def _recover_locked(self) -> None:
+        """Whatever an earlier call could not finish."""
+        segment = self._segment
+        assert segment is not None
+        words = self._words
+        if words[BOOT_ID] != _boot_id():  # an nvme pool after a reboot, or a power failure
+            words[DIRTY] = 1
+            words[BOOT_ID] = _boot_id()
+        tidy, self._untidy = self._untidy, False
+        try:
+            if segment.session < 0:
+                self._reap_locked()
+                segment.join_locked()
+            elif tidy:
+                self._tidy_locked()
+            while self._gone_views:
+                token = self._gone_views.popleft().token
+                if self._view_refs.pop(token, None) is not None and token in self._holds:
+                    self._unpin_locked(token)
+            if words[DIRTY]:
+                self._reap_locked()
+                self._rebuild_locked()
+        except BaseException:
+            self._untidy = True
+            raise
+
+    def _tidy_locked(self) -> None:
+        """Make our own pins and WRITING records agree with what this handle really holds."""
+        table, session = self._table, self._session
+        self._pins = dict(Counter(slot for token, slot in self._holds.items() if token not in self._writes))
+        writing = {self._holds[token] for token in self._writes if token in self._holds}
+        halves = table.halves
+        stale = []
+        for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
+            if table.has_pin(slot, session) != (slot in self._pins):
+                table.set_pin(slot, session, slot in self._pins)
+            record = table.record(slot)
+            abandoned = halves[record] == WRITING and halves[record + R_OWNER] == session and slot not in writing
+            if abandoned or (halves[record] == CONDEMNED and not table.is_pinned(slot)):
+                stale.append(slot)
+        self._free_locked(stale)
+
+    def _free_locked(self, slots: list[int]) -> None:
+        """Give back the blocks and slots of WRITING or CONDEMNED records; if DIRTY is set, the rebuild does the rest."""
+        rebuild_follows = self._words[DIRTY]
+        self._words[DIRTY] = 1
+        for slot in slots:
+            self._table.halves[self._table.record(slot)] = FREE
+            if rebuild_follows:
+                continue
+            self._allocator.free_locked(*self._table.extent(slot))
+            self._table.release(slot)
+            self._words[NUM_BUSY] -= 1
+        self._words[DIRTY] = rebuild_follows
+
+    def _reap_locked(self) -> bool:
+        """Reclaim pins and WRITING records of sessions whose process has died. Whether there were such sessions."""
+        segment, table = self._segment, self._table
+        assert segment is not None
+        dead = [number for number in segment.session_pids() if not segment.is_alive(number)]
+        if dead:
+            stale = []
+            for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
+                for session in dead:
+                    if table.has_pin(slot, session):
+                        table.set_pin(slot, session, False)
+                record = table.record(slot)
+                state = table.halves[record]
+                if (state == WRITING and table.halves[record + R_OWNER] in dead) or (
+                    state == CONDEMNED and not table.is_pinned(slot)
+                ):
+                    stale.append(slot)
+            self._free_locked(stale)
+            for session in dead:
+                segment.forget_session_locked(session)
+        return bool(dead)
+
+    def _rebuild_locked(self) -> list[str]:
+        """Make everything derived anew from the records; returns what was wrong with records themselves."""
+        words = self._words
+        words[DIRTY] = 1
+        self._finish_move_locked()
+        problems, entries, others = self._sound_records_locked()
+        kept = {*entries, *others}
+        busy = set(others)
+        for slot in self._table.slots(WRITING, COMPLETE, CONDEMNED):
+            record = self._table.record(slot)
+            if slot not in kept:
+                self._table.halves[record] = FREE
+            elif slot in busy and self._table.halves[record] == COMPLETE:  # replaced while somebody reads it
+                self._table.halves[record] = CONDEMNED
+        self._table.rebuild(sorted(entries, key=lambda slot: self._order.numbers_locked(slot)[0]), others)
+        self._allocator.rebuild_locked(self._table.extent(slot) for slot in kept)
+        self._order.rebuild_locked(entries)
+        words[DIRTY] = 0
+        return problems
+
+    def _sound_records_locked(self) -> tuple[list[str], list[int], list[int]]:
+        """(problems, slots of entries, slots of WRITING and CONDEMNED records that count); the dead are not asked for."""
+        table = self._table
+        problems, entries, others = [], [], []
+        newest: dict[bytes, int] = {}
+        for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
+            problem = table.damage(slot)
+            state = table.halves[table.record(slot)]
+            if problem:
+                problems.append(problem)
+            elif state == COMPLETE:
+                key = table.texts(slot)[0]
+                twin = newest.get(key)
+                if twin is not None and self._order.numbers_locked(twin)[0] > self._order.numbers_locked(slot)[0]:
+                    slot, twin = twin, slot
+                if twin is not None:
+                    problems.append(f"slots {twin} and {slot} both hold the key {key.decode()!r}")
+                    if table.is_pinned(twin):
+                        others.append(twin)
+                newest[key] = slot
+            elif state == WRITING or table.is_pinned(slot):
+                others.append(slot)
+        entries = sorted(newest.values())
+        end, last = 0, 0
+        for start, num_blocks, slot in sorted((*table.extent(slot), slot) for slot in (*entries, *others)):
+            if start < end:
+                problems.append(f"slots {last} and {slot} both claim block {start}")
+                (entries if slot in entries else others).remove(slot)
+                continue
+            end, last = start + num_blocks, slot
+        return problems, entries, others
+
+    @property
+    def _session(self) -> int:
+        assert self._segment is not None
+        return self._segment.session
+
+    # --- holding: pins and writes ------------------------------------------------------------------------------------
+
+    def _pin_locked(self, slot: int, token: int) -> None:
+        self._holds[token] = slot
+        count = self._pins.get(slot, 0)
+        if not count:
+            self._table.set_pin(slot, self._session, True)
+        self._pins[slot] = count + 1
+
+    def _unpin_locked(self, token: int) -> None:
+        slot = self._holds.pop(token)
+        count = self._pins[slot] - 1
+        if count:
+            self._pins[slot] = count
+            return
+        del self._pins[slot]
+        self._table.set_pin(slot, self._session, False)
+        if self._table.halves[self._table.record(slot)] == CONDEMNED and not self._table.is_pinned(slot):
+            self._free_locked([slot])
+
+    @_locked
+    def _unpin(self, token: int) -> None:
+        if token in self._holds:  # else: taken over by a parent's child, or tidied away
+            self._unpin_locked(token)
+
+    def _release_pin(self, token: int) -> None:
+        """Unpin from outside the lock; an interrupt in here is made good by the next call."""
+        try:
+            self._unpin(token)
+        except BaseException:
+            self._abandon(token)
+            raise
+        if self._closing:
+            self._close_if_unused()
+
+    def _abandon(self, token: int) -> None:
+        """Let go of a token whatever state it is in: forget it here, then make the shared state agree."""
+        if self._holds.pop(token, None) is None and token not in self._writes:
+            return
+        self._writes.discard(token)
+        self._view_refs.pop(token, None)
+        self._untidy = True
+        if not self._is_locked and self._segment is not None:
+            self._join()
+        if self._closing:
+            self._close_if_unused()
+
+    def _unpin_all(self) -> None:
+        for tokens in list(self._pins_by_key.values()):
+            for token in tokens:
+                self._release_pin(token)
+        self._pins_by_key.clear()
+
+    # --- room --------------------------------------------------------------------------------------------------------
+
+    def _reserve_locked(self, key: bytes, size: int, meta: EntryMeta, token: int) -> int:
+        """Claim a slot and blocks for a value; 0 if it can't be stored, and then nothing has changed."""
+        table, words = self._table, self._words
+        num_blocks = self._geometry.blocks_for(size)
+        old = table.find(key)
+        full = not words[FREE_SLOT] and words[TOP_SLOT] == table.num_slots
+        full = full or (not old and words[NUM_ENTRIES] >= self._geometry.max_entries)
+        start = None if full else self._allocator.find_locked(num_blocks)
+        if start is None:
+            start = self._make_room_locked(num_blocks, full, old)
+            if start is None:
+                return 0
+        words[DIRTY] = 1
+        self._allocator.take_locked(start, num_blocks)
+        slot = table.claim(key, size, start, num_blocks, self._session, meta)
+        self._writes.add(token)
+        self._holds[token] = slot
+        words[DIRTY] = 0
+        return slot
+
+    def _make_room_locked(self, num_blocks: int, need_slot: bool, old: int) -> int | None:
+        """Evict and move until `num_blocks` lie together; returns where. None: pins are in the way, nothing changed.
+
+        Victims go in policy order until enough is free and no further; `old`, the value about to be replaced, goes only
+        when there is no other way. Everything is planned before anything is touched.
+        """
+        table = self._table
+        if num_blocks > self._geometry.num_blocks:
+            return None
+        if self._words[NUM_BUSY] > len(self._writes):
+            self._reap_locked()
+        for attempt in (1, 2):
+            victims: list[int] = []
+            candidates = self._candidates_locked(old)
+            missing = num_blocks - (self._geometry.num_blocks - self._words[ALLOCATED])
+            moves: list[tuple[int, int]] | None = None
+            while moves is None:
+                if missing <= 0 and not (need_slot and not victims):
+                    if (
+                        victims and max(table.extent(slot)[1] for slot in victims) >= num_blocks
+                    ) or self._allocator.find_locked(num_blocks) is not None:
+                        moves = []
+                    else:
+                        moves = self._plan_moves_locked(num_blocks, victims)
+                if moves is None:
+                    slot = next(candidates, 0)
+                    if not slot:
+                        break
+                    victims.append(slot)
+                    missing -= table.extent(slot)[1]
+            if moves is not None:
+                self._evict_locked(victims)
+                for slot, target in moves:
+                    self._move_locked(slot, target)
+                return self._allocator.find_locked(num_blocks)
+            if attempt == 2 or not self._reap_locked():  # pins of the dead are not in the way
+                return None
+        return None
+
+    def _candidates_locked(self, last: int = 0) -> Iterator[int]:
+        """Slots that may be evicted, next victim first; the slot `last` comes last."""
+        is_pinned = self._table.is_pinned
+        for slot in self._order.victims_locked():
+            if slot != last and not is_pinned(slot):
+                yield slot
+        if last and not is_pinned(last):
+            yield last
+
+    def _plan_moves_locked(self, num_blocks: int, victims: Iterable[int]) -> list[tuple[int, int]] | None:
+        """(slot, new start) in order, after which `num_blocks` free ones lie together once `victims` are gone.
+
+        Entries in use can't move; they cut the data region into sections. If one has enough free blocks, the cheapest
+        stretch of entries in it slides together. Else entries leave one section for others. None if no plan was found.
+        """
+        sections = self._sections_locked(victims)
+        best: tuple[int, list[tuple[int, int]]] | None = None
+        for low, high, extents in sections:
+            starts = [start for start, _, _ in extents] + [high]
+            ends = [low] + [start + count for start, count, _ in extents]
+            gaps = [start - end for start, end in zip(starts, ends, strict=True)]
+            first = free = cost = 0
+            for last, gap in enumerate(gaps):
+                free += gap
+                if last:
+                    cost += extents[last - 1][1]
+                while free - gaps[first] >= num_blocks:
+                    free -= gaps[first]
+                    cost -= extents[first][1]
+                    first += 1
+                if free >= num_blocks and (best is None or cost < best[0]):
+                    best = (cost, _slide(extents[first:last], ends[first]))
+        if best is not None:
+            return best[1]
+
+        def free_in(section: tuple[int, int, list[tuple[int, int, int]]]) -> int:
+            return section[1] - section[0] - sum(count for _, count, _ in section[2])
+
+        for target in sorted(sections, key=free_in, reverse=True):
+            low, high, extents = target
+            if high - low < num_blocks:
+                continue
+            missing = num_blocks - free_in(target)
+            room = {index: free_in(other) for index, other in enumerate(sections) if other is not target}
+            leaving: list[tuple[int, int]] = []  # (slot, section)
+            remaining = sorted(extents, key=lambda extent: extent[1])
+            while missing > 0 and remaining:
+                # The smallest that is enough alone, else the largest; into the section that it fills best.
+                extent = next((extent for extent in remaining if extent[1] >= missing), remaining[-1])
+                remaining.remove(extent)
+                fitting = [index for index, free in room.items() if free >= extent[1]]
+                if fitting:
+                    index = min(fitting, key=room.__getitem__)
+                    room[index] -= extent[1]
+                    leaving.append((extent[2], index))
+                    missing -= extent[1]
+            if missing > 0:
+                continue
+            moves = []
+            for index in {index for _, index in leaving}:
+                other_low, _, others = sections[index]
+                moves += _slide(others, other_low)
+                end = other_low + sum(count for _, count, _ in others)
+                for slot, where in leaving:
+                    if where == index:
+                        moves.append((slot, end))
+                        end += self._table.extent(slot)[1]
+            left = {slot for slot, _ in leaving}
+            return moves + _slide([extent for extent in extents if extent[2] not in left], low)
+        return None
+
+    def _sections_locked(self, victims: Iterable[int] = ()) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
+        """(first block, end, [(start, number of blocks, slot)]) between entries that can't move, victims left out."""
+        table = self._table
+        ignored = set(victims)
+        sections, low = [], 0
+        movable: list[tuple[int, int, int]] = []
+        for start, num_blocks, slot in sorted(
+            (*table.extent(slot), slot) for slot in table.slots(WRITING, COMPLETE, CONDEMNED) if slot not in ignored
+        ):
+            if table.halves[table.record(slot)] == COMPLETE and not table.is_pinned(slot):
+                movable.append((start, num_blocks, slot))
+            else:
+                sections.append((low, start, movable))
+                low, movable = start + num_blocks, []
+        sections.append((low, self._geometry.num_blocks, movable))
+        return sections
+
+    def _move_locked(self, slot: int, target: int) -> None:
+        """Move an entry's blocks. Its record points to the old place until all is copied.
+
+        Where old and new place overlap (a slide to the left), pieces no longer than the distance are copied, each noted
+        in the journal: whatever was overwritten had been copied before, so a crash can be picked up at the noted piece.
+        """
+        start, num_blocks = self._table.extent(slot)
+        words = self._words
+        words[DIRTY] = 1
+        words[MOVE_FROM], words[MOVE_TO], words[MOVE_DONE] = start, target, 0
+        words[MOVE_SLOT] = slot
+        self._finish_move_locked()
+        self._allocator.free_locked(start, num_blocks)
+        self._allocator.take_locked(target, num_blocks)
+        words[DIRTY] = 0
+
+    def _finish_move_locked(self) -> None:
+        """Do what the move journal says, from the piece where it stands."""
+        words, geometry = self._words, self._geometry
+        slot, start, target = words[MOVE_SLOT], words[MOVE_FROM], words[MOVE_TO]
+        if not slot:
+            return
+        record = self._table.record(slot)
+        if self._table.halves[record + R_START] == start:
+            num_blocks = self._table.halves[record + R_BLOCKS]
+            piece = start - target if 0 < start - target < num_blocks else num_blocks
+            while (done := words[MOVE_DONE]) < num_blocks:
+                count = min(piece, num_blocks - done)
+                self._memory.move(
+                    geometry.data_offset + (target + done) * geometry.block_size,
+                    geometry.data_offset + (start + done) * geometry.block_size,
+                    count * geometry.block_size,
+                )
+                words[MOVE_DONE] = done + count
+            self._table.halves[record + R_START] = target
+        words[MOVE_SLOT] = 0
+
+    def _evict_locked(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._words[DIRTY] = 1
+            self._drop_locked(slot)
+            self._words[EVICTIONS] += 1
+            self._words[DIRTY] = 0
+
+    def _drop_locked(self, slot: int) -> None:
+        """Take an entry out of the pool; its blocks follow when nobody reads them any more. DIRTY is set."""
+        table, words = self._table, self._words
+        halves = table.halves
+        record = table.record(slot)
+        pinned = table.is_pinned(slot)
+        halves[record] = CONDEMNED if pinned else FREE
+        table.unlink(slot)
+        self._order.unlink_locked(slot)
+        words[NUM_ENTRIES] -= 1
+        if pinned:
+            words[NUM_BUSY] += 1
+        else:
+            self._allocator.free_locked(halves[record + R_START], halves[record + R_BLOCKS])
+            table.release(slot)
+
+    # --- storing -----------------------------------------------------------------------------------------------------
+
+    def put(self, key: str, data: Any, **meta: Any) -> bool:
+        """Store a copy of `data`, any object with the buffer protocol, replacing what is there under `key`.
+
+        Keyword arguments: prefix_hash, priority, sequence_length, layer_index. The old value stays readable until the
+        new one is complete. False if the value can't be stored: it is larger than the data region, or pins are in the
+        way. Changes: eviction order, other entries may be evicted.
+        """
+        encoded = encode_key(key)
+        if type(data) is bytes:
+            size = len(data)
+        else:
+            data = as_bytes(data)
+            size = data.nbytes
+        checked = EntryMeta.of(encoded, **meta) if meta else NO_META
+        return self._store(encoded, data, size, checked)
+
+    def _store(self, key: bytes, data: Any, size: int, meta: EntryMeta) -> bool:
+        token = next(self._tokens)
+        try:
+            if size <= COPY_UNDER_LOCK:
+                return self._put_small(key, data, size, meta, token)
+            place = self._reserve(key, size, meta, token)
+            if place is None:
+                return False
+            self._memory[place[0] : place[0] + size] = data
+            self._commit(token)
+        except BaseException:
+            self._abandon(token)
+            raise
+        if self._closing:
+            self._close_if_unused()
+        return True
+
+    @_locked
+    def _put_small(self, key: bytes, data: Any, size: int, meta: EntryMeta, token: int) -> bool:
+        slot = self._reserve_locked(key, size, meta, token)
+        if not slot:
+            return False
+        at = self._offset(slot)
+        self._memory[at : at + size] = data
+        self._commit_locked(token)
+        return True
+
+    @_locked
+    def _reserve(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
+        """(offset, size) of a place for a value, known by `token`; None if it can't be stored."""
+        slot = self._reserve_locked(key, size, meta, token)
+        return (self._offset(slot), size) if slot else None
+
+    @_locked
+    def _commit(
+        self,
+        token: int,
+        access_count: int | None = None,
+        times: tuple[float, float] | None = None,
+        view: memoryview | None = None,
+    ) -> None:
+        slot = self._commit_locked(token, access_count, times)
+        if view is not None:
+            self._pin_while_used_locked(slot, view)
+
+    def _commit_locked(
+        self, token: int, access_count: int | None = None, times: tuple[float, float] | None = None
+    ) -> int:
+        """Make a reserved value an entry, in place of what was there under its key."""
+        table, words = self._table, self._words
+        slot = self._holds[token]
+        record = table.record(slot)
+        key, _, _ = table.texts(slot)
+        old = table.find(key)
+        if not old and words[NUM_ENTRIES] >= self._geometry.max_entries:  # others filled up while we were copying
+            victim = next(self._candidates_locked(), 0)
+            self._evict_locked([victim] if victim else [])
+        count = access_count
+        if count is None:
+            count = self._order.numbers_locked(old)[1] if old else 0
+        words[DIRTY] = 1
+        if times is not None:
+            table.floats[(record >> 1) + W_CREATED], table.floats[(record >> 1) + W_ACCESSED] = times
+        self._order.stamp_locked(slot, count, words[(record >> 1) + W_PRIORITY])
+        table.halves[record] = COMPLETE
+        if old:
+            self._drop_locked(old)
+        table.link(slot)
+        self._order.link_locked(slot)
+        words[NUM_ENTRIES] += 1
+        words[NUM_BUSY] -= 1
+        words[PUTS] += 1
+        self._writes.discard(token)
+        del self._holds[token]
+        words[DIRTY] = 0
+        return slot
+
+    def allocate(
+        self,
+        key: str,
+        size: int,
+        prefix_hash: str = "",
+        priority: int = 0,
+        sequence_length: int = 0,
+        layer_index: int = 0,
+    ) -> CacheEntry | None:
+        """Make an entry of `size` zero bytes, replacing what is there under `key`; None where `put` gives False."""
+        meta = {
+            "prefix_hash": prefix_hash,
+            "priority": priority,
+            "sequence_length": sequence_length,
+            "layer_index": layer_index,
+        }
+        with self.reserve(key, size, **meta) as view:
+            stored = view is not None
+        return self._describe(encode_key(key)) if stored else None
+
+    def reserve(self, key: str, size: int, **meta: Any) -> contextlib.AbstractContextManager[memoryview | None]:
+        """Context manager giving a writable memoryview of `size` zero bytes; the entry exists after a clean exit.
+
+        On an error inside the block nothing is stored. None instead of a view where `put` gives False. Keyword
+        arguments as in `put`. Do not write to arrays made from the view after the block: others read then.
+        """
+        self._check_open()
+        encoded = encode_key(key)
+        check_int("size", size, 0)
+        return _Reservation(self, encoded, int(size), EntryMeta.of(encoded, **meta))
+
+    def _offset(self, slot: int) -> int:
+        """Where a value begins, in bytes from the start of the segment."""
+        start: int = self._table.halves[self._table.record(slot) + R_START]
+        return self._geometry.data_offset + start * self._geometry.block_size
+
+    def _zero(self, offset: int, size: int) -> None:
+        for at in range(offset, offset + size, COPY_CHUNK):
+            end = min(at + COPY_CHUNK, offset + size)
+            self._memory[at:end] = bytes(end - at)
+
+    def _writable(self, offset: int, size: int) -> memoryview:
+        assert self._segment is not None
+        return self._segment.buffer[offset : offset + size]
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> bytes | None:
+        """A copy of the value, None if there is none. Changes: eviction order, use count, statistics."""
+        token = next(self._tokens)
+        try:
+            found = self._get(key, token)
+            if type(found) is tuple:
+                offset, size = found
+                found = self._memory[offset : offset + size]
+                self._release_pin(token)
+        except BaseException:
+            self._abandon(token)
+            raise
+        return cast("bytes | None", found)
+
+    @_locked
+    def _get(self, key: str, token: int) -> bytes | tuple[int, int] | None:
+        """The value, or if it is large (offset, size) of it, pinned."""
+        slot = self._use_locked(encode_key(key))
+        if not slot:
+            return None
+        offset = self._offset(slot)
+        size = self._words[(self._table.record(slot) >> 1) + W_SIZE]
+        if size <= COPY_UNDER_LOCK:
+            return self._memory[offset : offset + size]
+        self._pin_locked(slot, token)
+        return offset, size
+
+    def _use_locked(self, key: bytes) -> int:
+        """Find an entry and count a use of it, or a miss (0)."""
+        table, words = self._table, self._words
+        slot = table.find(key)
+        if not slot:
+            words[MISSES] += 1
+            return 0
+        words[DIRTY] = 1
+        self._order.touch_locked(slot)
+        words[DIRTY] = 0
+        table.floats[(table.record(slot) >> 1) + W_ACCESSED] = time.time()
+        words[HITS] += 1
+        return slot
+
+    def view(self, key: str) -> contextlib.AbstractContextManager[memoryview | None]:
+        """Context manager giving a read-only memoryview of the value in place, None on a miss.
+
+        The entry is pinned inside the block: neither evicted, moved nor overwritten. A numpy array made from the view
+        keeps it so for as long as the array lives. Otherwise changes the same as `get`.
+        """
+        self._check_open()
+        return _View(self, encode_key(key))
+
+    @_locked
+    def _open_view(self, key: bytes, token: int) -> memoryview | None:
+        slot = self._use_locked(key)
+        if not slot:
+            return None
+        assert self._segment is not None
+        offset = self._offset(slot)
+        view = self._segment.read_only[offset : offset + self._words[(self._table.record(slot) >> 1) + W_SIZE]]
+        self._watch(view, token)
+        self._pin_locked(slot, token)
+        return view
+
+    def _watch(self, view: memoryview, token: int) -> None:
+        """If a view is dropped instead of closed, the next call unpins it."""
+        ref = _ViewRef(view, self._gone_views.append)
+        ref.token = token
+        self._view_refs[token] = ref
+
+    def _close_view(self, token: int, view: memoryview) -> None:
+        try:
+            view.release()
+        except BufferError:  # an array made from it lives on: the pin stays until the array goes
+            return
+        self._view_refs.pop(token, None)
+        self._release_pin(token)
+
+    def _pin_while_used_locked(self, slot: int, view: memoryview) -> None:
+        """Pin an entry just committed if arrays made from its writable view live on, until they go."""
+        try:
+            view.release()
+        except BufferError:
+            token = next(self._tokens)
+            self._watch(view, token)
+            self._pin_locked(slot, token)
+
+    def pin(self, key: str) -> bool:
+        """Keep the value that is there now from being evicted or moved until `unpin` or `close`; False if none is.
+
+        Pins add up. A value that is replaced or deleted while pinned is gone for everybody; its blocks follow.
+        """
+        encoded = encode_key(key)
+        token = next(self._tokens)
+        try:
+            if not self._pin(encoded, token):
+                return False
+            self._pins_by_key.setdefault(encoded, []).append(token)
+        except BaseException:
+            self._abandon(token)
+            raise
+        return True
+
+    @_locked
+    def _pin(self, key: bytes, token: int) -> bool:
+        slot = self._table.find(key)
+        if slot:
+            self._pin_locked(slot, token)
+        return bool(slot)
+
+    def unpin(self, key: str) -> bool:
+        """Take back one `pin` of this handle; False if it has none on that key."""
+        self._check_open()
+        encoded = encode_key(key)
+        tokens = self._pins_by_key.get(encoded)
+        if not tokens:
+            return False
+        token = tokens.pop()
+        if not tokens:
+            del self._pins_by_key[encoded]
+        self._release_pin(token)
+        return True
+
+    # --- removing ----------------------------------------------------------------------------------------------------
+
+    @_locked
+    def delete(self, key: str) -> bool:
+        """Remove an entry; False if there is none. Who reads it just then may finish."""
+        slot = self._table.find(encode_key(key))
+        if not slot:
+            return False
+        self._words[DIRTY] = 1
+        self._drop_locked(slot)
+        self._words[DIRTY] = 0
+        return True
+
+    @_locked
+    def clear(self) -> int:
+        """Remove all entries; returns how many. Statistics stay."""
+        slots = self._table.slots(COMPLETE)
+        for slot in slots:
+            self._words[DIRTY] = 1
+            self._drop_locked(slot)
+            self._words[DIRTY] = 0
+        return len(slots)
+
+    @_locked
+    def evict(self, percent: float) -> int:
+        """Evict that share of the entries (0 to 100, rounded down to whole entries) in policy order; returns how many.
+
+        Pinned entries are passed over.
+        """
+        if isinstance(percent, bool) or not isinstance(percent, (int, float)) or not 0 <= percent <= 100:
+            raise InvalidArgumentError(f"percent {percent!r} must be a number from 0 to 100")
+        wanted = int(self._words[NUM_ENTRIES] * percent / 100)
+        victims = list(itertools.islice(self._candidates_locked(), wanted))
+        if len(victims) < wanted and self._reap_locked():
+            victims = list(itertools.islice(self._candidates_locked(), wanted))
+        self._evict_locked(victims)
+        return len(victims)
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    @property
+    def entries(self) -> Mapping[str, CacheEntry]:
+        """All entries, key -> CacheEntry; `len` and `in` cost the same for any number of entries."""
+        self._check_open()
+        return _Entries(self)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __bool__(self) -> bool:
+        return True  # an empty pool is still a pool
+
+    @_locked
+    def find_by_prefix(self, prefix_hash: str) -> list[CacheEntry]:
+        """The entries stored with that prefix hash, oldest first. Cost: their number, not the pool's."""
+        if not isinstance(prefix_hash, str):
+            raise InvalidArgumentError(
+                f"prefix_hash {prefix_hash!r} is a {type(prefix_hash).__name__}, it must be a str"
+            )
+        prefix = prefix_hash.encode(errors="surrogatepass")
+        return [self._entry_locked(slot) for slot in self._table.find_prefix(prefix)]
+
+    @_locked
+    def _describe(self, key: bytes) -> CacheEntry | None:
+        slot = self._table.find(key)
+        return self._entry_locked(slot) if slot else None
+
+    @_locked
+    def _describe_all(self) -> list[CacheEntry]:
+        """All entries, next victim first."""
+        return [self._entry_locked(slot) for slot in self._order.victims_locked()]
+
+    @_locked
+    def _count(self) -> int:
+        return int(self._words[NUM_ENTRIES])
+
+    def _entry_locked(self, slot: int) -> CacheEntry:
+        table = self._table
+        word = table.record(slot) >> 1
+        key, prefix, tensor = table.texts(slot)
+        dtype, *shape = tensor.decode().split(" ")
+        _, count, priority = self._order.numbers_locked(slot)
+        return CacheEntry(
+            key.decode(),
+            prefix.decode(),
+            self._offset(slot),
+            table.words[word + W_SIZE],
+            table.floats[word + W_CREATED],
+            table.floats[word + W_ACCESSED],
+            count,
+            priority,
+            table.words[word + W_SEQUENCE_LENGTH],
+            table.words[word + W_LAYER],
+            dtype,
+            tuple(map(int, shape)),
+        )
+
+    @_locked
+    def can_allocate(self, size: int) -> bool:
+        """Whether `allocate` of so many bytes would succeed now, evicting others if need be."""
+        num_blocks = self._geometry.blocks_for(check_int("size", size, 0))
+        self._reap_locked()
+        if self._words[NUM_ENTRIES] >= self._geometry.max_entries and next(self._candidates_locked(), 0) == 0:
+            return False
+        return any(high - low >= num_blocks for low, high, _ in self._sections_locked())
+
+    @_locked
+    def get_stats(self) -> dict[str, Any]:
+        """Size, use, hits and more; see the README for every key. Reclaims what dead processes left."""
+        assert self._segment is not None
+        self._reap_locked()
+        geometry, words = self._geometry, self._words
+        allocated, total = self._allocator.get_usage()
+        hits, misses = words[HITS], words[MISSES]
+        largest = self._allocator.largest_free_run()
+        free = total - allocated
+        return {
+            "name": self.name,
+            "size_bytes": geometry.size_bytes,
+            "data_size_bytes": geometry.num_blocks * geometry.block_size,
+            "block_size": geometry.block_size,
+            "total_blocks": total,
+            "allocated_blocks": allocated,
+            "free_blocks": free,
+            "utilization_percent": 100 * allocated / total,
+            "entry_count": words[NUM_ENTRIES],
+            "policy": self.config.eviction_policy,
+            "tier": self.config.tier,
+            "max_entries": geometry.max_entries,
+            "hits": hits,
+            "misses": misses,
+            "hit_rate": hits / (hits + misses) if hits + misses else 0.0,
+            "puts": words[PUTS],
+            "evictions": words[EVICTIONS],
+            "pinned_entries": sum(map(self._table.is_pinned, self._table.slots(COMPLETE))),
+            "largest_free_run": largest,
+            "fragmentation": 1 - largest / free if free else 0.0,
+            "attached_pids": sorted(set(self._segment.session_pids().values())),
+        }
+
+    # --- care --------------------------------------------------------------------------------------------------------
+
+    @_locked
+    def check(self, fix: bool = False) -> list[str]:
+        """Compare everything derived with the records; the problems found, none in a sound pool.
+
+        With `fix` all of it is rebuilt, and records that can't be right are dropped. What dead processes left is
+        reclaimed first. Holds the lock throughout: about a second for 100,000 entries.
+        """
+        self._reap_locked()
+        table, order = self._table, self._order
+        problems, entries, others = self._sound_records_locked()
+        problems += table.check(entries, sorted(others))
+        problems += order.check_locked(entries)
+        expected = BitmapAllocator(self._geometry.num_blocks)
+        expected.rebuild_locked(table.extent(slot) for slot in (*entries, *others))
+        if expected.to_bytes() != self._allocator.to_bytes():
+            problems.append("the bitmap and the records disagree on which blocks are in use")
+        if expected.get_usage() != self._allocator.get_usage():
+            problems.append(
+                f"the header counts {self._words[ALLOCATED]} blocks in use, there are {expected.get_usage()[0]}"
+            )
+        if self._words[MOVE_SLOT]:
+            problems.append(f"a move of slot {self._words[MOVE_SLOT]} is under way, outside of any change")
+        if fix and problems:
+            self._rebuild_locked()
+        return problems
+
+    def defragment(self) -> int:
+        """Move entries that nobody uses together, so that free blocks are too; returns how many entries moved.
+
+        Works in steps of up to 64 MiB, between which others get the lock.
+        """
+        moved = 0
+        while step := self._defragment_step(64 << 20):
+            moved += step
+        return moved
+
+    @_locked
+    def _defragment_step(self, max_bytes: int) -> int:
+        budget = max_bytes // self._geometry.block_size
+        moved = 0
+        self._reap_locked()
+        for low, _, extents in self._sections_locked():
+            for slot, target in _slide(extents, low):
+                if budget <= 0:
+                    return moved
+                self._move_locked(slot, target)
+                budget -= self._table.extent(slot)[1]
+                moved += 1
+        return moved
+
+    # --- snapshots ---------------------------------------------------------------------------------------------------
+
+    @property
+    def default_snapshot_path(self) -> str:
+        """Where `persist` writes when it is given no path."""
+        return self.config.persist_path or os.path.join(self.store_path, self.name + SNAPSHOT_SUFFIX)
+
+    def persist(self, path: str | os.PathLike[str] | None = None, progress: Progress | None = None) -> bool:
+        """Write all entries to a safetensors file, which is replaced whole or not at all; True when it is on the disk.
+
+        Others go on meanwhile: each entry is pinned while it is copied; one that goes away before that is left out.
+        StorageError if the file can't be written. `progress` is called with (bytes done, bytes in all).
+        """
+        self._persist(os.fspath(path) if path is not None else self.default_snapshot_path, progress)
+        return True
+
+    def _persist(self, path: str, progress: Progress | None) -> int:
+        parent = os.path.dirname(os.path.abspath(path))
+        with _os_errors(f"make the directory {parent}"):
+            os.makedirs(parent, exist_ok=True)
+        return write_snapshot(path, self.config, self._describe_all(), self._peek, progress)
+
+    @contextlib.contextmanager
+    def _peek(self, key: str) -> Iterator[tuple[CacheEntry, memoryview] | None]:
+        """An entry and its value, pinned, without counting a use."""
+        token = next(self._tokens)
+        try:
+            entry = self._pin_and_describe(encode_key(key), token)
+            if entry is None:
+                yield None
+            else:
+                assert self._segment is not None
+                with self._segment.read_only[entry.offset : entry.offset + entry.size] as view:
+                    yield entry, view
+        finally:
+            self._release_pin(token)
+
+    @_locked
+    def _pin_and_describe(self, key: bytes, token: int) -> CacheEntry | None:
+        slot = self._table.find(key)
+        if not slot:
+            return None
+        self._pin_locked(slot, token)
+        return self._entry_locked(slot)
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        store_path: str | os.PathLike[str] | None = None,
+        salvage: bool = False,
+        progress: Progress | None = None,
+        **changes: Any,
+    ) -> KVCachePool | None:
+        """Open the pool that a snapshot was taken of, or make it as the constructor does, and put the entries in.
+
+        None if there is no such file. CorruptionError if it is damaged, before anything has changed; with `salvage`
+        what is intact is taken. Entries that are there under the same keys are replaced, others stay. `name` and
+        `changes` (size_bytes, tier, ...) override the config in the snapshot for a pool that is made. A safetensors
+        file of another program goes into a pool named after the file. Where not all entries fit, those that the
+        policy would evict first are left out.
+        """
+        found = restore_snapshot(os.fspath(path), _real_store_path(store_path), True, name, changes, salvage, progress)
+        return found[0] if found else None
+
+    def _take(self, snapshot: Snapshot, item: SnapshotEntry) -> bool:
+        """Store one value of a snapshot."""
+        entry = item.entry
+        token = next(self._tokens)
+        try:
+            place = self._reserve(encode_key(entry.key), entry.size, snapshot_meta(entry), token)
+            if place is None:
+                return False
+            with self._writable(*place) as target:
+                if not snapshot.read(item, target):
+                    raise CorruptionError(f"{snapshot.path} changed while it was read, at entry {entry.key!r}")
+            self._commit(token, entry.access_count, (entry.created_at, entry.last_accessed))
+        finally:
+            self._abandon(token)
+        return True
+
+
+def _slide(extents: list[tuple[int, int, int]], low: int) -> list[tuple[int, int]]:
+    """(slot, new start) for packing these (start, number of blocks, slot) to the left, from block `low` on."""
+    moves = []
+    for start, num_blocks, slot in extents:
+        if start != low:
+            moves.append((slot, low))
+        low += num_blocks
+    return moves
+
+
+def as_bytes(data: Any) -> memoryview:
+    """A flat view of the bytes of any C-contiguous buffer; of others a copy."""
+    try:
+        view = memoryview(data)
+    except TypeError:
+        raise InvalidArgumentError(
+            f"value of type {type(data).__name__} has no buffer: pass bytes or an array"
+        ) from None
+    if not view.c_contiguous:
+        return memoryview(view.tobytes())
+    return view
+
+
+def restore_snapshot(
+    path: str,
+    store_path: str,
+    transient: bool,
+    name: str | None,
+    changes: Mapping[str, Any],
+    salvage: bool,
+    progress: Progress | None,
+) -> tuple[KVCachePool, int, int] | None:
+    """(pool, entries restored, entries that the file describes); None if there is no such file. See `restore`."""
+    try:
+        snapshot = Snapshot(path)
+    except FileNotFoundError:
+        return None
+    with snapshot:
+        intact = snapshot.verify(salvage, progress)
+        config = snapshot.config
+        if config is None:  # another program's file
+            stem = os.path.basename(path).removesuffix(SNAPSHOT_SUFFIX)
+            room = sum(-(-item.entry.size // BLOCK_SIZE) + 1 for item in intact) * BLOCK_SIZE
+            smallest = HEADER_SIZE + BITMAP_SIZE + MIN_NUM_BLOCKS * BLOCK_SIZE
+            config = CachePoolConfig(stem, smallest + room + room // 1000, max_entries=max(10000, len(intact)))
+        unknown = changes.keys() - {f.name for f in fields(CachePoolConfig)}
+        if unknown:
+            raise InvalidArgumentError(f"a pool config has no {', '.join(sorted(unknown))}")
+        config = CachePoolConfig.from_dict({**config.to_dict(), **changes, "name": name or config.name})
+        segment = _open_segment(store_path, config.name)
+        if segment is not None and changes:
+            try:
+                asked = {**segment.header.config.to_dict(), **changes}
+                _check_agreement(CachePoolConfig.from_dict(asked), segment.header.config)
+            except PoolMismatchError:
+                segment.close()
+                raise
+        made = segment is None
+        if segment is None:
+            segment = _open_segment(
+                store_path, config.name, config, create=True, transient=transient, progress=progress
+            )
+            assert segment is not None
+        pool = KVCachePool._over(segment)
+        try:
+            stored = [item.entry.key for item in intact if pool._take(snapshot, item)]
+        except BaseException:
+            if made:
+                pool.unlink()
+            pool.close()
+            raise
+        return pool, sum(key in pool for key in stored), len(snapshot.entries)
+
+
+def _after_fork() -> None:
+    global _TRACKER_LOCK
+    _TRACKER_LOCK = threading.Lock()
+    StoreLock.after_fork()
+    for pool in list(_open_pools):
+        pool._after_fork()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Transient pools end with their last process."""
+    for pool in list(_open_pools):
+        with contextlib.suppress(CacheError):
+            pool.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# ======================================================================================================================
+# Store
+# ======================================================================================================================
+
+
+class CacheStore:
+    """The pools of one store directory. Keeps nothing in memory: the segments themselves are the list."""
+
+    def __init__(self, store_path: str | os.PathLike[str] | None = None) -> None:
+        """`store_path`: by default `$CORTEX_CACHE_DIR` or ~/.config/cortex/kv_cache; made when a pool is created."""
+        self.store_path = _real_store_path(store_path)
+
+    def create(self, config: CachePoolConfig, progress: Progress | None = None) -> KVCachePool:
+        """Make a pool that stays until it is deleted (tier cpu: or the machine reboots). PoolExistsError if it is there."""
+        segment = _open_segment(self.store_path, config.name, config, create=True, exclusive=True, progress=progress)
+        assert segment is not None
+        return KVCachePool._over(segment)
+
+    def get(self, name: str) -> KVCachePool | None:
+        """A new handle on the pool of that name, None if there is none."""
+        segment = _open_segment(self.store_path, name)
+        return KVCachePool._over(segment) if segment is not None else None
+
+    def delete(self, name: str) -> bool:
+        """Delete a pool, a damaged one too; False if there is none. Who has it open keeps it until closing it."""
+        check_name(name)
+        found = False
+        if os.path.isdir(self.store_path):
+            with StoreLock(self.store_path), _os_errors(f"delete pool {name!r}"):
+                for path in _segment_paths(self.store_path, name).values():
+                    with contextlib.suppress(CorruptionError):
+                        if not os.path.lexists(path) or _find_segment(path) is None:
+                            continue
+                    os.unlink(path)
+                    found = True
+        return found
+
+    def list(self) -> list[str]:
+        """Names of the pools, sorted; damaged ones too."""
+        names = set()
+        if os.path.isdir(self.store_path):
+            with StoreLock(self.store_path), _os_errors(f"list the pools of {self.store_path}"):
+                for example in _segment_paths(self.store_path, "").values():
+                    directory, prefix = os.path.split(example)
+                    for segment in os.listdir(directory):
+                        if segment.startswith(prefix) and self._is_there(os.path.join(directory, segment)):
+                            names.add(segment.removeprefix(prefix))
+        return sorted(names)
+
+    def restore(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        salvage: bool = False,
+        progress: Progress | None = None,
+        **changes: Any,
+    ) -> KVCachePool | None:
+        """`KVCachePool.restore` into this store; a pool that is made stays until it is deleted."""
+        found = restore_snapshot(os.fspath(path), self.store_path, False, name, changes, salvage, progress)
+        return found[0] if found else None
+
+    @staticmethod
+    def prune() -> list[str]:
+        """Remove shared memory segments whose store directory is gone and that nobody has open, and what killed
+        processes left of transient pools and of pools being made; returns their names. Others stay, damaged ones too."""
+        removed = []
+        for segment in sorted(os.listdir(SHM_DIR)):
+            path = os.path.join(SHM_DIR, segment)
+            if segment.startswith(SEGMENT_PREFIX):
+                with contextlib.suppress(CacheError, OSError):  # not ours, damaged, or in the hands of another process
+                    if _prune_segment(path):
+                        removed.append(segment)
+        return removed
+
+    @staticmethod
+    def _is_there(path: str) -> bool:
+        try:
+            return _find_segment(path) is not None
+        except CacheError:  # damaged, or another user's: it is there all the same
+            return True
+
+
+def _prune_segment(path: str) -> bool:
+    """Remove one segment if it is of no use to anybody."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever makes a segment holds this
+        header = read_header(path)
+        if header is not None:
+            if _byte_is_locked(fd, PRESENCE_BYTE):
+                return False
+            if os.path.isdir(header.store_path):
+                with StoreLock(header.store_path):
+                    return header.transient and _find_segment(path) is None
+        os.unlink(path)
+        return True
+    finally:
+        os.close(fd)
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class _ProgressLine:
+    """A progress line on stderr, for what takes longer than a second, when it is a terminal."""
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+        self._started = self._shown = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - self._started > 1 and (now - self._shown > 0.1 or done >= total):
+            self._shown = now
+            end = "\n" if done >= total else ""
+            line = f"\r{self._doing}: {format_size(done)} of {format_size(total)}, {100 * done // max(total, 1)} %"
+            sys.stderr.write(line + end)
+            sys.stderr.flush()
+
+
+def _out(text: str) -> None:
+    """Data, to stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def _say(text: str) -> None:
+    """A message, to stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    """Columns as wide as they need to be, the first one flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        _out("  ".join(cells).rstrip())
+
+
+def _plural(count: int, noun: str, nouns: str = "") -> str:
+    return f"{count} {noun if count == 1 else nouns or noun + 's'}"
+
+
+class KVCacheCLI:
+    """The commands of `cortex cache`, one method each: takes the parsed arguments, returns the exit code."""
+
+    def __init__(self, store_path: str | None = None) -> None:
+        self.store = CacheStore(store_path)
+
+    def create(self, args: argparse.Namespace) -> int:
+        """make a pool that stays until it is deleted"""
+        given = vars(args)
+        config = CachePoolConfig(
+            args.name,
+            parse_size(args.size),
+            tier=given.get("tier") or "cpu",
+            eviction_policy=given.get("policy") or "lru",
+            max_entries=given.get("max_entries") or CachePoolConfig.max_entries,
+            persist_path=given.get("persist_path"),
+            block_size=parse_size(given.get("block_size") or str(BLOCK_SIZE)),
+        )
+        with self.store.create(config, _ProgressLine("reserving")) as pool:
+            stats = pool.get_stats()
+        _say(
+            f"created {args.name}: {format_size(config.size_bytes)}, tier {config.tier}, policy {config.eviction_policy}, "
+            f"{stats['total_blocks']} blocks of {format_size(config.block_size)}"
+        )
+        return EXIT_DONE
+
+    def status(self, args: argparse.Namespace) -> int:
+        """show one pool, or a line for each"""
+        names = [args.name] if args.name else self.store.list()
+        found: list[dict[str, Any]] = []
+        failed = 0
+        for name in names:
+            try:
+                with self._open(name) as pool:
+                    stats = pool.get_stats()
+                stats["attached_pids"].remove(os.getpid())  # the others are what is of interest
+                found.append(stats)
+            except PoolNotFoundError:
+                if args.name:  # else it has just been deleted
+                    raise
+            except CacheError as error:
+                _say(f"{name}: {error}")
+                failed += 1
+        if vars(args).get("json"):
+            _out(json.dumps(found[0] if args.name and found else found, indent=2))
+        elif args.name and found:
+            for key, value in self._describe(found[0]).items():
+                _out(f"{key + ':':<14} {value}")
+        elif found:
+            rows = [["NAME", "TIER", "POLICY", "SIZE", "USED", "ENTRIES", "HIT RATE", "EVICTIONS", "PROCESSES"]]
+            for stats in found:
+                row = [stats["name"], stats["tier"], stats["policy"], format_size(stats["size_bytes"])]
+                row += [
+                    f"{stats['utilization_percent']:.1f}%",
+                    str(stats["entry_count"]),
+                    f"{100 * stats['hit_rate']:.1f}%",
+                ]
+                rows.append([*row, str(stats["evictions"]), str(len(stats["attached_pids"]))])
+            _print_table(rows)
+        elif not failed:
+            _say(f"no pools in {self.store.store_path}")
+        return EXIT_FAILED if failed else EXIT_DONE
+
+    @staticmethod
+    def _describe(stats: Mapping[str, Any]) -> dict[str, str]:
+        blocks = (
+            f"{stats['allocated_blocks']} of {stats['total_blocks']} in use, {format_size(stats['block_size'])} each"
+        )
+        free_run = format_size(stats["largest_free_run"] * stats["block_size"])
+        return {
+            "name": stats["name"],
+            "tier": stats["tier"],
+            "policy": stats["policy"],
+            "size": f"{format_size(stats['size_bytes'])}, {format_size(stats['data_size_bytes'])} for data",
+            "blocks": blocks,
+            "used": f"{stats['utilization_percent']:.1f}%",
+            "entries": f"{stats['entry_count']} of {stats['max_entries']}, {stats['pinned_entries']} pinned",
+            "hit rate": f"{100 * stats['hit_rate']:.1f}% ({_plural(stats['hits'], 'hit')}, {_plural(stats['misses'], 'miss', 'misses')})",
+            "puts": str(stats["puts"]),
+            "evictions": str(stats["evictions"]),
+            "fragmentation": f"{100 * stats['fragmentation']:.1f}%, largest free run {free_run}",
+            "attached": ", ".join(map(str, stats["attached_pids"])) or "no process",
+        }
+
+    def list(self, args: argparse.Namespace) -> int:
+        """list the entries of a pool, next victim first"""
+        with self._open(args.name) as pool:
+            entries = list(pool.entries.values())
+        if vars(args).get("json"):
+            _out(json.dumps([entry.to_dict() for entry in entries], indent=2))
+            return EXIT_DONE
+        now = time.time()
+        rows = [["KEY", "SIZE", "USES", "IDLE", "PRIORITY", "LAYER", "TOKENS", "PREFIX"]]
+        for entry in entries:
+            row = [_printable(entry.key), format_size(entry.size), str(entry.access_count)]
+            row += [f"{max(0.0, now - entry.last_accessed):.0f} s", str(entry.priority), str(entry.layer_index)]
+            rows.append([*row, str(entry.sequence_length), _printable(entry.prefix_hash) or "-"])
+        if entries:
+            _print_table(rows)
+        else:
+            _say(f"{args.name} has no entries")
+        return EXIT_DONE
+
+    def put(self, args: argparse.Namespace) -> int:
+        """store a file, or standard input, under a key"""
+        given = vars(args)
+        file = given.get("file") or "-"
+        with self._open(args.name) as pool:
+            encode_key(args.key)
+            with _os_errors(f"read {file}"):
+                data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+            meta = {k: given[k] for k in ("prefix_hash", "priority", "sequence_length", "layer_index") if given.get(k)}
+            if not pool.put(args.key, data, **meta):
+                limit = pool.get_stats()["data_size_bytes"]
+                raise StorageError(
+                    f"{args.key!r} with {len(data)} bytes does not fit: {args.name} holds {limit}, or pinned entries are in the "
+                    f"way; make a larger pool or unpin"
+                )
+        _say(f"stored {args.key} ({format_size(len(data))}) in {args.name}")
+        return EXIT_DONE
+
+    def get(self, args: argparse.Namespace) -> int:
+        """write a value to a file, or to standard output"""
+        file = vars(args).get("file") or "-"
+        with self._open(args.name) as pool, pool.view(args.key) as view:
+            if view is None:
+                _say(f"{args.name} has no entry {args.key!r}")
+                return EXIT_FAILED
+            if file == "-":
+                sys.stdout.flush()
+                sys.stdout.buffer.write(view)
+                sys.stdout.buffer.flush()
+            else:
+                with _os_errors(f"write {file}"), open(file, "wb") as output:
+                    output.write(view)
+        return EXIT_DONE
+
+    def evict(self, args: argparse.Namespace) -> int:
+        """evict a share of the entries, by policy"""
+        with self._open(args.name) as pool:
+            count = pool.evict(float(args.percent))
+            left = len(pool)
+        _say(f"evicted {_plural(count, 'entry', 'entries')} of {args.name}, {left} left")
+        return EXIT_DONE
+
+    def persist(self, args: argparse.Namespace) -> int:
+        """write a snapshot (a safetensors file)"""
+        with self._open(args.name) as pool:
+            path = vars(args).get("path") or pool.default_snapshot_path
+            count = pool._persist(path, _ProgressLine("writing"))
+        _say(
+            f"persisted {_plural(count, 'entry', 'entries')} of {args.name} to {path}, {format_size(os.stat(path).st_size)}"
+        )
+        return EXIT_DONE
+
+    def restore(self, args: argparse.Namespace) -> int:
+        """read a snapshot back, into its pool or a new one"""
+        given = vars(args)
+        path = self._snapshot_path(args.path)
+        changes: dict[str, Any] = {"tier": given.get("tier"), "eviction_policy": given.get("policy")}
+        changes["max_entries"] = given.get("max_entries")
+        changes["size_bytes"] = parse_size(args.size) if given.get("size") else None
+        changes["block_size"] = parse_size(args.block_size) if given.get("block_size") else None
+        changes = {key: value for key, value in changes.items() if value is not None}
+        salvage = bool(given.get("salvage"))
+        progress = _ProgressLine("verifying")
+        found = restore_snapshot(path, self.store.store_path, False, given.get("name"), changes, salvage, progress)
+        if found is None:
+            raise StorageError(
+                f"there is no snapshot {args.path!r}: give a file, or a pool that was persisted to its default path"
+            )
+        pool, restored, total = found
+        pool.close()
+        _say(f"restored {restored} of {_plural(total, 'entry', 'entries')} to {pool.name} from {path}")
+        return EXIT_DONE
+
+    def _snapshot_path(self, path_or_name: str) -> str:
+        """A file of that name, or the default snapshot of a pool of that name."""
+        if os.path.exists(path_or_name) or not _NAME.fullmatch(path_or_name):
+            return path_or_name
+        with contextlib.suppress(CacheError), self._open(path_or_name) as pool:
+            return pool.default_snapshot_path
+        return os.path.join(self.store.store_path, path_or_name + SNAPSHOT_SUFFIX)
+
+    def check(self, args: argparse.Namespace) -> int:
+        """compare all of a pool's metadata, mend it with --fix"""
+        given = vars(args)
+        with self._open(args.name) as pool:
+            problems = pool.check(fix=bool(given.get("fix")))
+            left = pool.check() if problems and given.get("fix") else problems
+        if given.get("json"):
+            _out(json.dumps({"name": args.name, "problems": problems, "fixed": bool(problems) and not left}, indent=2))
+        else:
+            for problem in problems:
+                _out(problem)
+        verdict = (
+            "sound" if not problems else f"{_plural(len(problems), 'problem')} found" + ("" if left else " and fixed")
+        )
+        _say(f"{args.name}: {verdict}")
+        return EXIT_FAILED if left else EXIT_DONE
+
+    def delete(self, args: argparse.Namespace) -> int:
+        """delete a pool and all it holds"""
+        if not self.store.delete(args.name):
+            raise PoolNotFoundError(f"there is no pool {args.name!r} in {self.store.store_path}")
+        _say(f"deleted {args.name}")
+        return EXIT_DONE
+
+    def prune(self, args: argparse.Namespace) -> int:
+        """remove segments whose store directory is gone"""
+        removed = self.store.prune()
+        if vars(args).get("json"):
+            _out(json.dumps(removed, indent=2))
+        else:
+            for segment in removed:
+                _out(segment)
+        _say(f"removed {_plural(len(removed), 'segment')}")
+        return EXIT_DONE
+
+    def policies(self, args: argparse.Namespace) -> int:
+        """list the eviction policies"""
+        if vars(args).get("json"):
+            _out(json.dumps({policy.value: text for policy, text in POLICY_HELP.items()}, indent=2))
+        else:
+            for policy, text in POLICY_HELP.items():
+                _out(f"{policy.value:<9} {text}")
+        return EXIT_DONE
+
+    def demo(self, args: argparse.Namespace) -> int:
+        """a tour with several real processes, in under 15 seconds"""
+        return _demo()
+
+    def _open(self, name: str) -> KVCachePool:
+        pool = self.store.get(name)
+        if pool is None:
+            raise PoolNotFoundError(f"there is no pool {name!r} in {self.store.store_path}: see `cortex cache status`")
+        return pool
+
+
+def _printable(text: str) -> str:
+    """Text that can't upset a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+DEMO_BLOCK = 2 << 20  # bytes: 16 tokens x 32 layers x (K and V) x 8 heads x 128 x 2 bytes (bf16), as in an 8B model
+
+
+def _demo_payload(number: int) -> bytes:
+    """Bytes that any process can verify from the number alone."""
+    return hashlib.sha256(str(number).encode()).digest() * (DEMO_BLOCK // 32)
+
+
+def _demo_reader(store: str, numbers: list[int]) -> list[float]:
+    """Read blocks that another process has put; (bytes, seconds, wrong blocks)."""
+    with KVCachePool.attach("demo", store) as pool:
+        seconds, wrong = 0.0, 0
+        expected = {number: _demo_payload(number) for number in numbers}
+        for number in numbers:
+            started = time.perf_counter()
+            data = pool.get(f"block-{number}")
+            seconds += time.perf_counter() - started
+            wrong += data != expected[number]
+    return [len(numbers) * DEMO_BLOCK, seconds, wrong]
+
+
+def _demo_victim(store: str, ready: Any) -> None:
+    """Get killed half-way through a put."""
+    with KVCachePool.attach("demo", store) as pool, pool.reserve("block-torn", DEMO_BLOCK) as view:
+        assert view is not None
+        view[: DEMO_BLOCK // 2] = b"\xff" * (DEMO_BLOCK // 2)
+        ready.send("half written")
+        time.sleep(60)
+
+
+def _demo() -> int:
+    """Fill, share, kill, check, evict, persist, restore; every line it prints is measured."""
+    import multiprocessing
+    import tempfile
+
+    fork = multiprocessing.get_context("fork")
+    num_blocks, num_readers = 96, 3
+    with tempfile.TemporaryDirectory(prefix="cortex-demo-") as store_path:
+        store = CacheStore(store_path)
+        config = CachePoolConfig("demo", HEADER_SIZE + BITMAP_SIZE + 64 * DEMO_BLOCK, block_size=BLOCK_SIZE)
+        pool = store.create(config)
+        try:
+            _out(
+                f"pool      {format_size(config.size_bytes)} of shared memory, policy lru, blocks of a KV cache: {format_size(DEMO_BLOCK)}"
+            )
+            values = {number: _demo_payload(number) for number in range(num_blocks)}
+            started = time.perf_counter()
+            stored = sum(pool.put(f"block-{number}", value) for number, value in values.items())
+            seconds = time.perf_counter() - started
+            stats = pool.get_stats()
+            _out(
+                f"put       {stored} blocks at {stored * DEMO_BLOCK / seconds / 1e9:.1f} GB/s; {stats['entry_count']} fit, "
+                f"{stats['evictions']} of the oldest were evicted"
+            )
+            numbers = [number for number in values if f"block-{number}" in pool]
+            with fork.Pool(num_readers) as readers:
+                results = readers.starmap(_demo_reader, [(store_path, numbers)] * num_readers)
+            rate = sum(size / seconds for size, seconds, _ in results)
+            wrong = sum(int(result[2]) for result in results)
+            _out(
+                f"share     {num_readers} processes read {len(numbers)} blocks each at {rate / 1e9:.1f} GB/s together, {wrong} wrong bytes"
+            )
+            ours, theirs = fork.Pipe()
+            victim = fork.Process(target=_demo_victim, args=(store_path, theirs))
+            victim.start()
+            ours.recv()
+            victim.kill()
+            victim.join()
+            problems = pool.check()
+            stats = pool.get_stats()
+            leaked = stats["allocated_blocks"] - stats["entry_count"] * (DEMO_BLOCK // BLOCK_SIZE)
+            _out(
+                f"kill -9   one process in the middle of a put: {_plural(len(problems), 'problem')} found by check, "
+                f"blocks leaked: {leaked}, torn value visible: {'yes' if 'block-torn' in pool else 'no'}"
+            )
+            evicted = pool.evict(25)
+            _out(f"evict     25 %: {evicted} blocks, {len(pool)} left")
+            path = os.path.join(store_path, "demo.safetensors")
+            started = time.perf_counter()
+            pool.persist(path)
+            seconds = time.perf_counter() - started
+            size = os.stat(path).st_size
+            _out(
+                f"persist   {len(pool)} blocks, {format_size(size)} to a safetensors file at {size / seconds / 1e9:.1f} GB/s, fsync included"
+            )
+            kept = list(pool)
+            pool.close()
+            store.delete("demo")
+            started = time.perf_counter()
+            restored = store.restore(path)
+            seconds = time.perf_counter() - started
+            assert restored is not None
+            pool = restored
+            same = sum(pool.get(key) == values[int(key.removeprefix("block-"))] for key in kept)
+            _out(
+                f"restore   {len(pool)} blocks at {size / seconds / 1e9:.1f} GB/s into a new pool, {same} of {len(kept)} byte for byte the same"
+            )
+            for number in values:
+                pool.get(f"block-{number}")
+            stats = pool.get_stats()
+            _out(
+                f"hit rate  {100 * stats['hit_rate']:.1f} % ({_plural(stats['hits'], 'hit')}, {_plural(stats['misses'], 'miss', 'misses')} of evicted blocks)"
+            )
+            sound = not wrong and not problems and not leaked and same == len(kept) and not pool.check()
+        finally:
+            pool.close()
+            store.delete("demo")
+    _out("cleaned up; " + ("all of it held" if sound else "SOMETHING DID NOT HOLD"))
+    return EXIT_DONE if sound else EXIT_FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser of `cortex cache`."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="cortex cache", description="A shared-memory KV cache for LLM inference.")
+    parser.add_argument("--version", action="version", version=f"kv-cache-manager {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--store", metavar="DIR", help="store directory (default: $CORTEX_CACHE_DIR or ~/.config/cortex/kv_cache)"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, *, json_too: bool = False) -> argparse.ArgumentParser:
+        text = getattr(KVCacheCLI, name).__doc__
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[common])
+        if json_too:
+            sub.add_argument("--json", action="store_true", help="print JSON")
+        return sub
+
+    def pool_options(sub: argparse.ArgumentParser, size_needed: bool) -> None:
+        sub.add_argument("--size", required=size_needed, help="header, bitmap and data, such as 16G or 512M")
+        sub.add_argument(
+            "--tier", choices=["cpu", "nvme", "gpu"], help="cpu: shared memory (default); nvme: a mapped file"
+        )
+        sub.add_argument(
+            "--policy", choices=[policy.value for policy in EvictionPolicy], help="see `policies`; default lru"
+        )
+        sub.add_argument("--block-size", metavar="SIZE", help="unit of allocation (default 4K)")
+        sub.add_argument("--max-entries", type=int, metavar="N", help="most entries at a time (default 10000)")
+
+    sub = command("create")
+    sub.add_argument("name", metavar="NAME")
+    pool_options(sub, True)
+    sub.add_argument("--persist-path", metavar="PATH", help="where `persist` writes by default")
+    sub = command("status", json_too=True)
+    sub.add_argument("name", metavar="NAME", nargs="?")
+    sub = command("list", json_too=True)
+    sub.add_argument("name", metavar="NAME")
+    sub = command("put")
+    sub.add_argument("name", metavar="NAME")
+    sub.add_argument("key", metavar="KEY")
+    sub.add_argument("file", metavar="FILE", nargs="?", help="default: standard input")
+    sub.add_argument("--prefix-hash", metavar="TEXT", help="names the prompt prefix that the value belongs to")
+    sub.add_argument("--priority", type=int, metavar="N", help="for policy priority: higher stays longer")
+    sub.add_argument("--sequence-length", type=int, metavar="N", help="tokens")
+    sub.add_argument("--layer-index", type=int, metavar="N")
+    sub = command("get")
+    sub.add_argument("name", metavar="NAME")
+    sub.add_argument("key", metavar="KEY")
+    sub.add_argument("file", metavar="FILE", nargs="?", help="default: standard output")
+    sub = command("evict")
+    sub.add_argument("name", metavar="NAME")
+    sub.add_argument("--percent", type=float, required=True, metavar="P", help="share of the entries, 0 to 100")
+    sub = command("persist")
+    sub.add_argument("name", metavar="NAME")
+    sub.add_argument("--path", metavar="P", help="default: NAME.safetensors in the store directory")
+    sub = command("restore")
+    sub.add_argument("path", metavar="PATH|NAME")
+    sub.add_argument("--name", help="name of the pool (default: the one in the snapshot)")
+    pool_options(sub, False)
+    sub.add_argument("--salvage", action="store_true", help="take what is intact of a damaged file")
+    sub = command("check", json_too=True)
+    sub.add_argument("name", metavar="NAME")
+    sub.add_argument("--fix", action="store_true", help="rebuild what is derived, drop records that can't be right")
+    sub = command("delete")
+    sub.add_argument("name", metavar="NAME")
+    command("prune", json_too=True)
+    command("policies", json_too=True)
+    command("demo")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `cortex cache ...`; returns the exit code: 0 done, 1 failed, 2 usage, 130 Ctrl-C."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["cache"]:
+        arguments = arguments[1:]
+    try:
+        args = build_parser().parse_args(arguments)
+        code: int = getattr(KVCacheCLI(args.store), args.command)(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+    except InvalidArgumentError as error:
+        _say(f"cortex cache: {error}")
+        return EXIT_USAGE
+    except BrokenPipeError:  # the reader has gone, `cortex cache list x | head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except (CacheError, OSError) as error:
+        _say(f"cortex cache: {error}")
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
