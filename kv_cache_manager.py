@@ -53,6 +53,7 @@ records and pins; they are reclaimed when somebody opens the pool, needs their r
 from __future__ import annotations
 
 import atexit
+import builtins
 import contextlib
 import errno
 import fcntl
@@ -124,9 +125,9 @@ SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
 PRESENCE_BYTE = 1 << 60  # lock offsets, far behind any file
 SESSION_BYTE = PRESENCE_BYTE + 1
 
-# state, owner session, size, start block, number of blocks, hash of key, hash of prefix, next in key chain, next and previous in
-# prefix chain, unused, created, accessed, sequence length, layer, sessions that pin it (128 bits), length of key, of
-# prefix and of tensor description, unused, priority (for the eviction node, once the entry is complete)
+# state, owner session, size, start block, number of blocks, hash of key, hash of prefix, next in key chain, next and
+# previous in prefix chain, unused, created, accessed, sequence length, layer, sessions that pin it (128 bits), length of
+# key, of prefix and of tensor description, unused, priority (for the eviction node, once the entry is complete)
 RECORD = struct.Struct("<IIqIIIIIIIIddqqIIIIHHHHq")
 RECORD_BYTES = 440
 RECORD_TEXT = RECORD_BYTES - RECORD.size
@@ -215,12 +216,10 @@ def format_size(size_bytes: float) -> str:
     """A size for people: 500 -> "500 B", 16 * 1024**3 -> "16.0 GB"."""
     if abs(size_bytes) < 1024:
         return f"{size_bytes:.0f} B"
-    size, unit = float(size_bytes), " "
-    for unit in _UNITS[1:]:
-        size /= 1024
-        if abs(size) < 1023.95:
-            break
-    return f"{size:.1f} {unit}B"
+    power = 1
+    while abs(size_bytes) / 1024**power >= 1023.95 and power < len(_UNITS) - 1:
+        power += 1
+    return f"{size_bytes / 1024**power:.1f} {_UNITS[power]}B"
 
 
 # ======================================================================================================================
@@ -303,7 +302,7 @@ def check_name(name: str) -> str:
     """Return `name` if a pool may be called so."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MAX_NAME_LENGTH:
         raise InvalidArgumentError(
-            f"pool name {name!r} must be 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 . _ - and begin with a letter, digit or _"
+            f"pool name {name!r} must be 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 . _ - and not begin with . or -"
         )
     return name
 
@@ -365,8 +364,8 @@ class EntryMeta:
         total = len(key) + len(prefix) + len(tensor)
         if total > RECORD_TEXT:
             raise InvalidArgumentError(
-                f"key, prefix_hash and tensor shape take {len(key)} + {len(prefix)} + {len(tensor)} UTF-8 bytes, the limit is "
-                f"{RECORD_TEXT} together: use a shorter prefix_hash, a digest say"
+                f"key, prefix_hash and tensor shape take {len(key)} + {len(prefix)} + {len(tensor)} UTF-8 bytes, "
+                f"the limit is {RECORD_TEXT} together: use a shorter prefix_hash, a digest say"
             )
         return cls(
             prefix,
@@ -569,7 +568,7 @@ class BitmapAllocator:
         return ~int.from_bytes(self._bits[start >> 3 : (stop + 7) >> 3], "little") & ((1 << (stop - start)) - 1)
 
     def _find_short(self, num_blocks: int) -> int | None:
-        """Search windows of 4096 blocks as big integers: ANDing shifted copies leaves the starts of long enough runs."""
+        """Search windows of 4096 blocks as integers: ANDing shifted copies leaves the starts of long enough runs."""
         counters = self._counters
         first = counters[1]
         position = first & ~7
@@ -898,28 +897,29 @@ class EvictionManager:
 # Segment and lock
 # ======================================================================================================================
 
-_TRACKER_LOCK = threading.Lock()
+
+_tracker_lock = threading.Lock()
 
 
-@contextlib.contextmanager
-def _untracked() -> Iterator[None]:
-    """Keep our segments away from the resource tracker, which unlinks live pools at exit (cpython#82300).
+def _shared_memory(name: str, size: int) -> Any:
+    """A SharedMemory of our own, made if `size` is not 0, that the resource tracker does not know of.
 
-    `track=False` exists only from Python 3.13 on. Registering and taking it back is no way out: a kill in between
-    dooms the pool, and children that share one tracker take back each other's registrations.
+    The tracker would unlink live pools at exit (cpython#82300); `track=False` exists only from Python 3.13 on.
+    Registering and taking it back is no way out: a kill in between dooms the pool, and children that share one tracker
+    take back each other's registrations.
     """
-    from multiprocessing import resource_tracker
+    from multiprocessing import resource_tracker, shared_memory
 
-    with _TRACKER_LOCK:
+    with _tracker_lock:
         register = resource_tracker.register
 
         def register_others(name: Any, rtype: str) -> None:
             if not name.lstrip("/").startswith(SEGMENT_PREFIX):
                 register(name, rtype)
 
-        resource_tracker.register = register_others
         try:
-            yield
+            resource_tracker.register = register_others
+            return shared_memory.SharedMemory(name, create=size > 0, size=size)
         finally:
             resource_tracker.register = register
 
@@ -978,7 +978,8 @@ class SegmentHeader:
         ).encode()
         if len(text) > HEADER_SIZE - HEADER_JSON_AT:
             raise InvalidArgumentError(
-                f"config and store path take {len(text)} bytes, the header holds {HEADER_SIZE - HEADER_JSON_AT}: use shorter paths"
+                f"config and store path take {len(text)} bytes, the header holds {HEADER_SIZE - HEADER_JSON_AT}: "
+                "use shorter paths"
             )
         g = self.geometry
         fixed = HEADER.pack(b"", CACHE_VERSION, 0, g.size_bytes, g.block_size, g.num_blocks, g.max_entries, len(text))
@@ -987,7 +988,7 @@ class SegmentHeader:
 
     @classmethod
     def decode(cls, data: bytes, file_bytes: int, path: str) -> SegmentHeader | None:
-        """Read a header; None if the maker of the segment died before it was done; CorruptionError if it is not ours."""
+        """Read a header; None if its maker died before it was done; CorruptionError if it is not ours."""
         if not data[: len(CACHE_MAGIC)].strip(b"\0"):
             return None
         fixed = data.ljust(HEADER_SIZE, b"\0")
@@ -1041,12 +1042,8 @@ class Segment:
         try:
             with _os_errors(f"{doing} {path}"):
                 if in_shm:
-                    from multiprocessing import shared_memory
-
-                    with _untracked():
-                        self._shared_memory = shared_memory.SharedMemory(
-                            os.path.basename(path), create=create, size=header.geometry.total_bytes if create else 0
-                        )
+                    size = header.geometry.total_bytes if create else 0
+                    self._shared_memory = _shared_memory(os.path.basename(path), size)
                     made = create
                 self.fd = os.open(
                     path, os.O_RDWR | os.O_CLOEXEC | (0 if in_shm or not create else os.O_CREAT | os.O_EXCL), 0o600
@@ -1095,8 +1092,8 @@ class Segment:
                 "raise Docker's --shm-size, remount it with a larger size=," if place == SHM_DIR else "free some space"
             )
             raise StorageError(
-                f"the pool needs {format_size(total)} and {place} has {format_size(room.f_bavail * room.f_frsize)} free of "
-                f"{format_size(room.f_blocks * room.f_frsize)}: {fix} or make a smaller pool"
+                f"the pool needs {format_size(total)} and {place} has {format_size(room.f_bavail * room.f_frsize)} "
+                f"free of {format_size(room.f_blocks * room.f_frsize)}: {fix} or make a smaller pool"
             ) from None
 
     def _publish(self) -> None:
@@ -1251,7 +1248,8 @@ class EntryTable:
         self.memory[4 * record : 4 * record + RECORD.size + len(key) + len(meta.prefix) + len(meta.tensor)] = (
             RECORD.pack(
                 FREE, owner, size, start, num_blocks, zlib.crc32(key), zlib.crc32(meta.prefix), 0, 0, 0, 0, now, now,
-                meta.sequence_length, meta.layer_index, 0, 0, 0, 0, len(key), len(meta.prefix), len(meta.tensor), 0, meta.priority,
+                meta.sequence_length, meta.layer_index, 0, 0, 0, 0, len(key), len(meta.prefix), len(meta.tensor), 0,
+                meta.priority,
             )
             + key
             + meta.prefix
@@ -1370,7 +1368,7 @@ class EntryTable:
         return ""
 
     def rebuild(self, entries: Iterable[int], others: Iterable[int]) -> None:
-        """Make chains, free list and counters from the records: `entries` exist, `others` are busy, the rest is free."""
+        """Make chains, free list and counters anew: `entries` exist, `others` are busy, the rest is free."""
         halves, words = self.halves, self.words
         heads = 4 * self._key_heads
         self.memory[heads : heads + 8 * self.num_slots] = bytes(8 * self.num_slots)
@@ -1687,7 +1685,8 @@ class Snapshot:
                 intact.append(item)
             elif not salvage:
                 raise CorruptionError(
-                    f"{self.path}: entry {item.entry.key!r} does not match its checksum; restore with salvage to take the rest"
+                    f"{self.path}: entry {item.entry.key!r} does not match its checksum; "
+                    "restore with salvage to take the rest"
                 )
             done += item.entry.size
             if progress is not None:
@@ -2170,7 +2169,7 @@ class KVCachePool:
         self._free_locked(stale)
 
     def _free_locked(self, slots: list[int]) -> None:
-        """Give back the blocks and slots of WRITING or CONDEMNED records; if DIRTY is set, the rebuild does the rest."""
+        """Give back what WRITING or CONDEMNED records hold; if DIRTY is set, the rebuild does the rest."""
         rebuild_follows = self._words[DIRTY]
         self._words[DIRTY] = 1
         for slot in slots:
@@ -2225,7 +2224,7 @@ class KVCachePool:
         return problems
 
     def _sound_records_locked(self) -> tuple[list[str], list[int], list[int]]:
-        """(problems, slots of entries, slots of WRITING and CONDEMNED records that count); the dead are not asked for."""
+        """(problems, slots of entries, slots of WRITING and CONDEMNED records); who owns them is not asked here."""
         table = self._table
         problems, entries, others = [], [], []
         newest: dict[bytes, int] = {}
@@ -2236,14 +2235,13 @@ class KVCachePool:
                 problems.append(problem)
             elif state == COMPLETE:
                 key = table.texts(slot)[0]
-                twin = newest.get(key)
-                if twin is not None and self._order.numbers_locked(twin)[0] > self._order.numbers_locked(slot)[0]:
-                    slot, twin = twin, slot
-                if twin is not None:
-                    problems.append(f"slots {twin} and {slot} both hold the key {key.decode()!r}")
-                    if table.is_pinned(twin):
-                        others.append(twin)
-                newest[key] = slot
+                twin = newest.setdefault(key, slot)
+                if twin != slot:
+                    older, newer = sorted((twin, slot), key=lambda s: self._order.numbers_locked(s)[0])
+                    problems.append(f"slots {older} and {newer} both hold the key {key.decode()!r}")
+                    newest[key] = newer
+                    if table.is_pinned(older):
+                        others.append(older)
             elif state == WRITING or table.is_pinned(slot):
                 others.append(slot)
         entries = sorted(newest.values())
@@ -3143,8 +3141,8 @@ def restore_snapshot(
 
 
 def _after_fork() -> None:
-    global _TRACKER_LOCK
-    _TRACKER_LOCK = threading.Lock()
+    global _tracker_lock  # noqa: PLW0603
+    _tracker_lock = threading.Lock()
     StoreLock.after_fork()
     for pool in list(_open_pools):
         pool._after_fork()
@@ -3175,7 +3173,7 @@ class CacheStore:
         self.store_path = _real_store_path(store_path)
 
     def create(self, config: CachePoolConfig, progress: Progress | None = None) -> KVCachePool:
-        """Make a pool that stays until it is deleted (tier cpu: or the machine reboots). PoolExistsError if it is there."""
+        """Make a pool that stays until it is deleted (tier cpu: or until a reboot). PoolExistsError if it is there."""
         segment = _open_segment(self.store_path, config.name, config, create=True, exclusive=True, progress=progress)
         assert segment is not None
         return KVCachePool._over(segment)
@@ -3199,7 +3197,7 @@ class CacheStore:
                     found = True
         return found
 
-    def list(self) -> list[str]:
+    def list(self) -> builtins.list[str]:
         """Names of the pools, sorted; damaged ones too."""
         names = set()
         if os.path.isdir(self.store_path):
@@ -3225,9 +3223,12 @@ class CacheStore:
         return found[0] if found else None
 
     @staticmethod
-    def prune() -> list[str]:
-        """Remove shared memory segments whose store directory is gone and that nobody has open, and what killed
-        processes left of transient pools and of pools being made; returns their names. Others stay, damaged ones too."""
+    def prune() -> builtins.list[str]:
+        """Remove shared memory that nobody can use any more; returns the names of the segments.
+
+        That is: segments whose store directory is gone and that nobody has open, and what killed processes left of
+        transient pools and of pools being made. Others stay, damaged ones too.
+        """
         removed = []
         for segment in sorted(os.listdir(SHM_DIR)):
             path = os.path.join(SHM_DIR, segment)
@@ -3305,6 +3306,11 @@ def _print_table(rows: list[list[str]]) -> None:
         _out("  ".join(cells).rstrip())
 
 
+def _hit_rate(stats: Mapping[str, Any]) -> str:
+    hits, misses = _plural(stats["hits"], "hit"), _plural(stats["misses"], "miss", "misses")
+    return f"{100 * stats['hit_rate']:.1f}% ({hits}, {misses})"
+
+
 def _plural(count: int, noun: str, nouns: str = "") -> str:
     return f"{count} {noun if count == 1 else nouns or noun + 's'}"
 
@@ -3330,8 +3336,8 @@ class KVCacheCLI:
         with self.store.create(config, _ProgressLine("reserving")) as pool:
             stats = pool.get_stats()
         _say(
-            f"created {args.name}: {format_size(config.size_bytes)}, tier {config.tier}, policy {config.eviction_policy}, "
-            f"{stats['total_blocks']} blocks of {format_size(config.block_size)}"
+            f"created {args.name}: {format_size(config.size_bytes)}, tier {config.tier}, "
+            f"policy {config.eviction_policy}, {stats['total_blocks']} blocks of {format_size(config.block_size)}"
         )
         return EXIT_DONE
 
@@ -3386,7 +3392,7 @@ class KVCacheCLI:
             "blocks": blocks,
             "used": f"{stats['utilization_percent']:.1f}%",
             "entries": f"{stats['entry_count']} of {stats['max_entries']}, {stats['pinned_entries']} pinned",
-            "hit rate": f"{100 * stats['hit_rate']:.1f}% ({_plural(stats['hits'], 'hit')}, {_plural(stats['misses'], 'miss', 'misses')})",
+            "hit rate": _hit_rate(stats),
             "puts": str(stats["puts"]),
             "evictions": str(stats["evictions"]),
             "fragmentation": f"{100 * stats['fragmentation']:.1f}%, largest free run {free_run}",
@@ -3424,8 +3430,8 @@ class KVCacheCLI:
             if not pool.put(args.key, data, **meta):
                 limit = pool.get_stats()["data_size_bytes"]
                 raise StorageError(
-                    f"{args.key!r} with {len(data)} bytes does not fit: {args.name} holds {limit}, or pinned entries are in the "
-                    f"way; make a larger pool or unpin"
+                    f"{args.key!r} with {len(data)} bytes does not fit: {args.name} holds {limit}, or pinned entries are "
+                    "in the way; make a larger pool or unpin"
                 )
         _say(f"stored {args.key} ({format_size(len(data))}) in {args.name}")
         return EXIT_DONE
@@ -3460,7 +3466,8 @@ class KVCacheCLI:
             path = vars(args).get("path") or pool.default_snapshot_path
             count = pool._persist(path, _ProgressLine("writing"))
         _say(
-            f"persisted {_plural(count, 'entry', 'entries')} of {args.name} to {path}, {format_size(os.stat(path).st_size)}"
+            f"persisted {_plural(count, 'entry', 'entries')} of {args.name} to {path}, "
+            f"{format_size(os.stat(path).st_size)}"
         )
         return EXIT_DONE
 
@@ -3561,22 +3568,21 @@ def _demo_payload(number: int) -> bytes:
     return hashlib.sha256(str(number).encode()).digest() * (DEMO_BLOCK // 32)
 
 
-def _demo_reader(store: str, numbers: list[int]) -> list[float]:
-    """Read blocks that another process has put; (bytes, seconds, wrong blocks)."""
-    with KVCachePool.attach("demo", store) as pool:
-        seconds, wrong = 0.0, 0
-        expected = {number: _demo_payload(number) for number in numbers}
+def _demo_reader(store_path: str, numbers: list[int]) -> tuple[float, int]:
+    """Read blocks that another process has put: (seconds, blocks with wrong bytes)."""
+    seconds, wrong = 0.0, 0
+    with KVCachePool.attach("demo", store_path) as pool:
         for number in numbers:
             started = time.perf_counter()
             data = pool.get(f"block-{number}")
             seconds += time.perf_counter() - started
-            wrong += data != expected[number]
-    return [len(numbers) * DEMO_BLOCK, seconds, wrong]
+            wrong += data != _demo_payload(number)
+    return seconds, wrong
 
 
-def _demo_victim(store: str, ready: Any) -> None:
-    """Get killed half-way through a put."""
-    with KVCachePool.attach("demo", store) as pool, pool.reserve("block-torn", DEMO_BLOCK) as view:
+def _demo_victim(store_path: str, ready: Any) -> None:
+    """Write half a block, then wait to be killed."""
+    with KVCachePool.attach("demo", store_path) as pool, pool.reserve("block-torn", DEMO_BLOCK) as view:
         assert view is not None
         view[: DEMO_BLOCK // 2] = b"\xff" * (DEMO_BLOCK // 2)
         ready.send("half written")
@@ -3585,83 +3591,86 @@ def _demo_victim(store: str, ready: Any) -> None:
 
 def _demo() -> int:
     """Fill, share, kill, check, evict, persist, restore; every line it prints is measured."""
-    import multiprocessing
     import tempfile
 
-    fork = multiprocessing.get_context("fork")
-    num_blocks, num_readers = 96, 3
     with tempfile.TemporaryDirectory(prefix="cortex-demo-") as store_path:
         store = CacheStore(store_path)
-        config = CachePoolConfig("demo", HEADER_SIZE + BITMAP_SIZE + 64 * DEMO_BLOCK, block_size=BLOCK_SIZE)
-        pool = store.create(config)
         try:
-            _out(
-                f"pool      {format_size(config.size_bytes)} of shared memory, policy lru, blocks of a KV cache: {format_size(DEMO_BLOCK)}"
-            )
-            values = {number: _demo_payload(number) for number in range(num_blocks)}
-            started = time.perf_counter()
-            stored = sum(pool.put(f"block-{number}", value) for number, value in values.items())
-            seconds = time.perf_counter() - started
-            stats = pool.get_stats()
-            _out(
-                f"put       {stored} blocks at {stored * DEMO_BLOCK / seconds / 1e9:.1f} GB/s; {stats['entry_count']} fit, "
-                f"{stats['evictions']} of the oldest were evicted"
-            )
-            numbers = [number for number in values if f"block-{number}" in pool]
-            with fork.Pool(num_readers) as readers:
-                results = readers.starmap(_demo_reader, [(store_path, numbers)] * num_readers)
-            rate = sum(size / seconds for size, seconds, _ in results)
-            wrong = sum(int(result[2]) for result in results)
-            _out(
-                f"share     {num_readers} processes read {len(numbers)} blocks each at {rate / 1e9:.1f} GB/s together, {wrong} wrong bytes"
-            )
-            ours, theirs = fork.Pipe()
-            victim = fork.Process(target=_demo_victim, args=(store_path, theirs))
-            victim.start()
-            ours.recv()
-            victim.kill()
-            victim.join()
-            problems = pool.check()
-            stats = pool.get_stats()
-            leaked = stats["allocated_blocks"] - stats["entry_count"] * (DEMO_BLOCK // BLOCK_SIZE)
-            _out(
-                f"kill -9   one process in the middle of a put: {_plural(len(problems), 'problem')} found by check, "
-                f"blocks leaked: {leaked}, torn value visible: {'yes' if 'block-torn' in pool else 'no'}"
-            )
-            evicted = pool.evict(25)
-            _out(f"evict     25 %: {evicted} blocks, {len(pool)} left")
-            path = os.path.join(store_path, "demo.safetensors")
-            started = time.perf_counter()
-            pool.persist(path)
-            seconds = time.perf_counter() - started
-            size = os.stat(path).st_size
-            _out(
-                f"persist   {len(pool)} blocks, {format_size(size)} to a safetensors file at {size / seconds / 1e9:.1f} GB/s, fsync included"
-            )
-            kept = list(pool)
-            pool.close()
-            store.delete("demo")
-            started = time.perf_counter()
-            restored = store.restore(path)
-            seconds = time.perf_counter() - started
-            assert restored is not None
-            pool = restored
-            same = sum(pool.get(key) == values[int(key.removeprefix("block-"))] for key in kept)
-            _out(
-                f"restore   {len(pool)} blocks at {size / seconds / 1e9:.1f} GB/s into a new pool, {same} of {len(kept)} byte for byte the same"
-            )
-            for number in values:
-                pool.get(f"block-{number}")
-            stats = pool.get_stats()
-            _out(
-                f"hit rate  {100 * stats['hit_rate']:.1f} % ({_plural(stats['hits'], 'hit')}, {_plural(stats['misses'], 'miss', 'misses')} of evicted blocks)"
-            )
-            sound = not wrong and not problems and not leaked and same == len(kept) and not pool.check()
+            sound = _demo_tour(store)
         finally:
-            pool.close()
             store.delete("demo")
     _out("cleaned up; " + ("all of it held" if sound else "SOMETHING DID NOT HOLD"))
     return EXIT_DONE if sound else EXIT_FAILED
+
+
+def _demo_tour(store: CacheStore) -> bool:
+    import multiprocessing
+
+    fork = multiprocessing.get_context("fork")
+    values = {f"block-{number}": _demo_payload(number) for number in range(96)}
+
+    def speed(num_bytes: float, seconds: float) -> str:
+        return f"{num_bytes / seconds / 1e9:.1f} GB/s"
+
+    size_bytes = HEADER_SIZE + BITMAP_SIZE + 64 * DEMO_BLOCK
+    pool = store.create(CachePoolConfig("demo", size_bytes))
+    _out(
+        f"pool      {format_size(size_bytes)} of shared memory, policy lru; a block of KV is {format_size(DEMO_BLOCK)}"
+    )
+
+    started = time.perf_counter()
+    stored = sum(pool.put(key, value) for key, value in values.items())
+    rate = speed(stored * DEMO_BLOCK, time.perf_counter() - started)
+    stats = pool.get_stats()
+    evicted = stats["evictions"]
+    _out(f"put       {stored} blocks at {rate}; {stats['entry_count']} fit, {evicted} of the oldest were evicted")
+
+    numbers = [int(key.removeprefix("block-")) for key in pool]
+    with fork.Pool(3) as readers:
+        results = readers.starmap(_demo_reader, [(store.store_path, numbers)] * 3)
+    wrong = sum(result[1] for result in results)
+    rate = speed(sum(len(numbers) * DEMO_BLOCK / seconds for seconds, _ in results), 1)
+    _out(f"share     3 processes read {len(numbers)} blocks each at {rate} together, {_plural(wrong, 'wrong block')}")
+
+    ours, theirs = fork.Pipe()
+    victim = fork.Process(target=_demo_victim, args=(store.store_path, theirs))
+    victim.start()
+    ours.recv()
+    victim.kill()
+    victim.join()
+    problems = pool.check()
+    stats = pool.get_stats()
+    leaked = stats["allocated_blocks"] - stats["entry_count"] * (DEMO_BLOCK // BLOCK_SIZE)
+    torn = "block-torn" in pool
+    _out(
+        f"kill -9   a process in the middle of a put: {_plural(len(problems), 'problem')} found by check, "
+        f"blocks leaked: {leaked}, torn value visible: {'yes' if torn else 'no'}"
+    )
+
+    _out(f"evict     25 %: {pool.evict(25)} blocks, {len(pool)} left")
+
+    path = os.path.join(store.store_path, "demo.safetensors")
+    started = time.perf_counter()
+    pool.persist(path)
+    num_bytes = os.stat(path).st_size
+    rate = speed(num_bytes, time.perf_counter() - started)
+    _out(f"persist   {len(pool)} blocks, {format_size(num_bytes)}, to a safetensors file at {rate}, fsync included")
+
+    kept = list(pool)
+    pool.close()
+    store.delete("demo")
+    started = time.perf_counter()
+    restored = store.restore(path)
+    rate = speed(num_bytes, time.perf_counter() - started)
+    assert restored is not None
+    with restored as pool:
+        same = sum(pool.get(key) == values[key] for key in kept)
+        _out(f"restore   {len(pool)} blocks into a new pool at {rate}, {same} of {len(kept)} byte for byte the same")
+        for key in values:
+            pool.get(key)
+        _out(f"hit rate  {_hit_rate(pool.get_stats())}: what was evicted is missed")
+        problems += pool.check()
+    return not (wrong or problems or leaked or torn) and same == len(kept)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3671,9 +3680,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cortex cache", description="A shared-memory KV cache for LLM inference.")
     parser.add_argument("--version", action="version", version=f"kv-cache-manager {__version__}")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--store", metavar="DIR", help="store directory (default: $CORTEX_CACHE_DIR or ~/.config/cortex/kv_cache)"
-    )
+    store_help = "store directory (default: $CORTEX_CACHE_DIR or ~/.config/cortex/kv_cache)"
+    common.add_argument("--store", metavar="DIR", help=store_help)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, *, json_too: bool = False) -> argparse.ArgumentParser:
