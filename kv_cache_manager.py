@@ -126,8 +126,8 @@ PRESENCE_BYTE = 1 << 60  # lock offsets, far behind any file
 SESSION_BYTE = PRESENCE_BYTE + 1
 
 # state, owner session, size, start block, number of blocks, hash of key, hash of prefix, next in key chain, next and
-# previous in prefix chain, unused, created, accessed, sequence length, layer, sessions that pin it (128 bits), length of
-# key, of prefix and of tensor description, unused, priority (for the eviction node, once the entry is complete)
+# previous in prefix chain, unused, created, accessed, sequence length, layer, sessions that pin it (128 bits), lengths
+# of key, prefix and tensor description, unused, priority (for the eviction node, once the entry is complete)
 RECORD = struct.Struct("<IIqIIIIIIIIddqqIIIIHHHHq")
 RECORD_BYTES = 440
 RECORD_TEXT = RECORD_BYTES - RECORD.size
@@ -1143,6 +1143,9 @@ class Segment:
         os.close(inherited)
         _record_lock(self.fd, fcntl.F_RDLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLKW)
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """Let go of locks and memory. Memory that a view still shows stays mapped until the last such view is gone."""
         if self.fd >= 0:
@@ -1187,6 +1190,9 @@ class StoreLock:
         if fd >= 0:
             self._open_fds.discard(fd)
             os.close(fd)
+
+    def __del__(self) -> None:  # an interrupt may keep `__exit__` from running
+        self.__exit__()
 
     @classmethod
     def after_fork(cls) -> None:
@@ -1311,11 +1317,14 @@ class EntryTable:
 
     def texts(self, slot: int) -> tuple[bytes, bytes, bytes]:
         """(key, prefix hash, tensor description)."""
-        at = 4 * self.record(slot)
-        key_length, prefix_length, tensor_length, _ = struct.unpack_from("<4H", self.memory, at + 4 * R_LENGTHS)
-        at += RECORD.size
+        at = 4 * self.record(slot) + RECORD.size
+        key_length, prefix_length, tensor_length = self._lengths(slot)
         text = self.memory[at : at + key_length + prefix_length + tensor_length]
         return text[:key_length], text[key_length : key_length + prefix_length], text[key_length + prefix_length :]
+
+    def _lengths(self, slot: int) -> tuple[int, int, int]:
+        half = self.record(slot) + R_LENGTHS
+        return self.halves[half] & 0xFFFF, self.halves[half] >> 16, self.halves[half + 1] & 0xFFFF
 
     def extent(self, slot: int) -> tuple[int, int]:
         """(start block, number of blocks)."""
@@ -1348,7 +1357,7 @@ class EntryTable:
         record = self.record(slot)
         start, num_blocks = self.extent(slot)
         size = self.words[(record >> 1) + W_SIZE]
-        lengths = struct.unpack_from("<3H", self.memory, 4 * (record + R_LENGTHS))
+        lengths = self._lengths(slot)
         if size < 0 or num_blocks != self._geometry.blocks_for(size):
             return f"slot {slot} holds {size} bytes in {num_blocks} blocks"
         if start + num_blocks > self._geometry.num_blocks:
@@ -1856,17 +1865,18 @@ class _ViewRef(weakref.ref):  # type: ignore[type-arg]
 class _View(contextlib.AbstractContextManager["memoryview | None"]):
     """A pinned read-only view of one value."""
 
-    def __init__(self, pool: KVCachePool, key: bytes) -> None:
+    def __init__(self, pool: KVCachePool, key: bytes, counts: bool = True) -> None:
         self._pool = pool
         self._key = key
-        self._token = 0
+        self._counts = counts
+        self.token = 0
         self._view: memoryview | None = None
 
     def __enter__(self) -> memoryview | None:
         pool = self._pool
-        self._token = token = next(pool._tokens)
+        self.token = token = next(pool._tokens)
         try:
-            self._view = view = pool._open_view(self._key, token)
+            self._view = view = pool._open_view(self._key, token, self._counts)
         except BaseException:
             pool._abandon(token)
             raise
@@ -1875,7 +1885,7 @@ class _View(contextlib.AbstractContextManager["memoryview | None"]):
     def __exit__(self, *_: object) -> None:
         view, self._view = self._view, None
         if view is not None:
-            self._pool._close_view(self._token, view)
+            self._pool._close_view(self.token, view)
 
 
 class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
@@ -1895,8 +1905,9 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
         try:
             place = pool._reserve(self._key, self._size, self._meta, self._token)
             if place is not None:
+                self._view = view = pool._writable(*place)
+                pool._watch(view, self._token)
                 pool._zero(*place)
-                self._view = pool._writable(*place)
         except BaseException:
             pool._abandon(self._token)
             raise
@@ -1904,16 +1915,22 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         view, self._view = self._view, None
-        if view is None:
+        pool, token = self._pool, self._token
+        if view is None or token not in pool._holds:  # not stored; or a forked child, the value is its parent's
             return
-        pool = self._pool
         try:
-            if error_type is None and self._token in pool._holds:  # not in a forked child: the value is its parent's
-                pool._commit(self._token, view=view)
+            if error_type is None:
+                pool._commit(token, view=view)
+            else:
+                pool._abandon(token)
+        except BaseException:
+            pool._abandon(token)
+            raise
         finally:
             with contextlib.suppress(BufferError):  # an array still uses it; `_commit` has left a pin in that case
                 view.release()
-            pool._abandon(self._token)
+        if pool._closing:
+            pool._close_if_unused()
 
 
 class _Entries(Mapping[str, CacheEntry]):
@@ -2142,9 +2159,15 @@ class KVCachePool:
             elif tidy:
                 self._tidy_locked()
             while self._gone_views:
-                token = self._gone_views.popleft().token
-                if self._view_refs.pop(token, None) is not None and token in self._holds:
+                token = self._gone_views[0].token
+                if token in self._writes:  # an interrupt kept `_Reservation.__exit__` from running
+                    self._writes.discard(token)
+                    self._holds.pop(token, None)
+                    self._tidy_locked()
+                elif token in self._holds:
                     self._unpin_locked(token)
+                self._view_refs.pop(token, None)
+                self._gone_views.popleft()
             if words[DIRTY]:
                 self._reap_locked()
                 self._rebuild_locked()
@@ -2285,7 +2308,7 @@ class KVCachePool:
             self._unpin_locked(token)
 
     def _release_pin(self, token: int) -> None:
-        """Unpin from outside the lock; an interrupt in here is made good by the next call."""
+        """Unpin from outside the lock."""
         try:
             self._unpin(token)
         except BaseException:
@@ -2295,16 +2318,18 @@ class KVCachePool:
             self._close_if_unused()
 
     def _abandon(self, token: int) -> None:
-        """Let go of a token whatever state it is in: forget it here, then make the shared state agree."""
-        if self._holds.pop(token, None) is None and token not in self._writes:
-            return
+        """After an error or interrupt: forget what `token` holds, then make the shared records agree.
+
+        If another interrupt keeps that from being done, the next call of this handle does it.
+        """
+        self._untidy = True
+        self._holds.pop(token, None)
         self._writes.discard(token)
         self._view_refs.pop(token, None)
-        self._untidy = True
-        if not self._is_locked and self._segment is not None:
+        if self._segment is not None and not self._is_locked:
             self._join()
-        if self._closing:
-            self._close_if_unused()
+            if self._closing:
+                self._close_if_unused()
 
     def _unpin_all(self) -> None:
         for tokens in list(self._pins_by_key.values()):
@@ -2326,10 +2351,10 @@ class KVCachePool:
             start = self._make_room_locked(num_blocks, full, old)
             if start is None:
                 return 0
+        self._writes.add(token)  # first: an interrupt from here on makes `_abandon` look for records that nobody holds
         words[DIRTY] = 1
         self._allocator.take_locked(start, num_blocks)
         slot = table.claim(key, size, start, num_blocks, self._session, meta)
-        self._writes.add(token)
         self._holds[token] = slot
         words[DIRTY] = 0
         return slot
@@ -2665,9 +2690,10 @@ class KVCachePool:
 
     def get(self, key: str) -> bytes | None:
         """A copy of the value, None if there is none. Changes: eviction order, use count, statistics."""
+        encoded = encode_key(key)
         token = next(self._tokens)
         try:
-            found = self._get(key, token)
+            found = self._get(encoded, token)
             if type(found) is tuple:
                 offset, size = found
                 found = self._memory[offset : offset + size]
@@ -2678,9 +2704,9 @@ class KVCachePool:
         return cast("bytes | None", found)
 
     @_locked
-    def _get(self, key: str, token: int) -> bytes | tuple[int, int] | None:
+    def _get(self, key: bytes, token: int) -> bytes | tuple[int, int] | None:
         """The value, or if it is large (offset, size) of it, pinned."""
-        slot = self._use_locked(encode_key(key))
+        slot = self._use_locked(key)
         if not slot:
             return None
         offset = self._offset(slot)
@@ -2714,8 +2740,8 @@ class KVCachePool:
         return _View(self, encode_key(key))
 
     @_locked
-    def _open_view(self, key: bytes, token: int) -> memoryview | None:
-        slot = self._use_locked(key)
+    def _open_view(self, key: bytes, token: int, counts: bool) -> memoryview | None:
+        slot = self._use_locked(key) if counts else self._table.find(key)
         if not slot:
             return None
         assert self._segment is not None
@@ -2736,8 +2762,8 @@ class KVCachePool:
             view.release()
         except BufferError:  # an array made from it lives on: the pin stays until the array goes
             return
-        self._view_refs.pop(token, None)
         self._release_pin(token)
+        self._view_refs.pop(token, None)
 
     def _pin_while_used_locked(self, slot: int, view: memoryview) -> None:
         """Pin an entry just committed if arrays made from its writable view live on, until they go."""
@@ -2775,14 +2801,14 @@ class KVCachePool:
         """Take back one `pin` of this handle; False if it has none on that key."""
         self._check_open()
         encoded = encode_key(key)
-        tokens = self._pins_by_key.get(encoded)
-        if not tokens:
-            return False
-        token = tokens.pop()
-        if not tokens:
-            del self._pins_by_key[encoded]
-        self._release_pin(token)
-        return True
+        tokens = [token for token in self._pins_by_key.get(encoded, []) if token in self._holds]
+        if tokens:
+            self._release_pin(tokens[-1])
+        if len(tokens) > 1:
+            self._pins_by_key[encoded] = tokens[:-1]
+        else:
+            self._pins_by_key.pop(encoded, None)
+        return bool(tokens)
 
     # --- removing ----------------------------------------------------------------------------------------------------
 
@@ -3007,25 +3033,13 @@ class KVCachePool:
     @contextlib.contextmanager
     def _peek(self, key: str) -> Iterator[tuple[CacheEntry, memoryview] | None]:
         """An entry and its value, pinned, without counting a use."""
-        token = next(self._tokens)
-        try:
-            entry = self._pin_and_describe(encode_key(key), token)
-            if entry is None:
-                yield None
-            else:
-                assert self._segment is not None
-                with self._segment.read_only[entry.offset : entry.offset + entry.size] as view:
-                    yield entry, view
-        finally:
-            self._release_pin(token)
+        reader = _View(self, encode_key(key), counts=False)
+        with reader as view:
+            yield None if view is None else (self._describe_held(reader.token), view)
 
     @_locked
-    def _pin_and_describe(self, key: bytes, token: int) -> CacheEntry | None:
-        slot = self._table.find(key)
-        if not slot:
-            return None
-        self._pin_locked(slot, token)
-        return self._entry_locked(slot)
+    def _describe_held(self, token: int) -> CacheEntry:
+        return self._entry_locked(self._holds[token])
 
     @classmethod
     def restore(
@@ -3061,8 +3075,9 @@ class KVCachePool:
                 if not snapshot.read(item, target):
                     raise CorruptionError(f"{snapshot.path} changed while it was read, at entry {entry.key!r}")
             self._commit(token, entry.access_count, (entry.created_at, entry.last_accessed))
-        finally:
+        except BaseException:
             self._abandon(token)
+            raise
         return True
 
 
