@@ -78,6 +78,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
+from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -1905,8 +1906,8 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
         try:
             place = pool._reserve(self._key, self._size, self._meta, self._token)
             if place is not None:
-                self._view = view = pool._writable(*place)
-                pool._watch(view, self._token)
+                assert pool._segment is not None
+                self._view = pool._lend(pool._segment.buffer, *place, self._token)
                 pool._zero(*place)
         except BaseException:
             pool._abandon(self._token)
@@ -1916,21 +1917,18 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         view, self._view = self._view, None
         pool, token = self._pool, self._token
-        if view is None or token not in pool._holds:  # not stored; or a forked child, the value is its parent's
+        if view is None:
             return
-        try:
-            if error_type is None:
-                pool._commit(token, view=view)
-            else:
+        if token in pool._holds:  # else this is a forked child, the value is its parent's
+            try:
+                if error_type is None:
+                    pool._commit(token, keep_pinned=True)
+                else:
+                    pool._abandon(token)
+            except BaseException:
                 pool._abandon(token)
-        except BaseException:
-            pool._abandon(token)
-            raise
-        finally:
-            with contextlib.suppress(BufferError):  # an array still uses it; `_commit` has left a pin in that case
-                view.release()
-        if pool._closing:
-            pool._close_if_unused()
+                raise
+        pool._close_view(token, view)
 
 
 class _Entries(Mapping[str, CacheEntry]):
@@ -2045,12 +2043,10 @@ class KVCachePool:
         `CacheStore.create` disappears with its last handle.
         """
         with self._mutex:
-            if self._segment is None or self._closing:
+            if self._segment is None:
                 return
             if self._is_locked:
-                raise CacheError(
-                    f"pool {self.name!r} cannot be closed by a signal handler that interrupted a call to it"
-                )
+                raise CacheError(f"pool {self.name!r} was closed by a signal handler that interrupted a call to it")
             self._closing = True
             self._unpin_all()
             self._close_if_unused()
@@ -2603,11 +2599,12 @@ class KVCachePool:
         token: int,
         access_count: int | None = None,
         times: tuple[float, float] | None = None,
-        view: memoryview | None = None,
+        keep_pinned: bool = False,
     ) -> None:
+        """Make the value that `token` reserves an entry; `keep_pinned`: the token goes on as a pin."""
         slot = self._commit_locked(token, access_count, times)
-        if view is not None:
-            self._pin_while_used_locked(slot, view)
+        if keep_pinned:
+            self._pin_locked(slot, token)
 
     def _commit_locked(
         self, token: int, access_count: int | None = None, times: tuple[float, float] | None = None
@@ -2682,10 +2679,6 @@ class KVCachePool:
             end = min(at + COPY_CHUNK, offset + size)
             self._memory[at:end] = bytes(end - at)
 
-    def _writable(self, offset: int, size: int) -> memoryview:
-        assert self._segment is not None
-        return self._segment.buffer[offset : offset + size]
-
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> bytes | None:
@@ -2745,34 +2738,28 @@ class KVCachePool:
         if not slot:
             return None
         assert self._segment is not None
-        offset = self._offset(slot)
-        view = self._segment.read_only[offset : offset + self._words[(self._table.record(slot) >> 1) + W_SIZE]]
-        self._watch(view, token)
+        size = self._words[(self._table.record(slot) >> 1) + W_SIZE]
+        view = self._lend(self._segment.read_only, self._offset(slot), size, token)
         self._pin_locked(slot, token)
         return view
 
-    def _watch(self, view: memoryview, token: int) -> None:
-        """If a view is dropped instead of closed, the next call unpins it."""
-        ref = _ViewRef(view, self._gone_views.append)
+    def _lend(self, memory: memoryview, offset: int, size: int, token: int) -> memoryview:
+        """A view to hand out. When the last user of it has gone without giving it back, the next call notices.
+
+        All slices of one memoryview count as one buffer, and an array made from a slice holds just that. By way of
+        PickleBuffer (which pickles nothing) the view gets a buffer of its own, with the slice as its owner: the slice
+        can be released, or dies, when the view and all that was made from it have gone.
+        """
+        owner = memory[offset : offset + size]
+        self._view_refs[token] = ref = _ViewRef(owner, self._gone_views.append)
         ref.token = token
-        self._view_refs[token] = ref
+        return memoryview(PickleBuffer(owner))
 
     def _close_view(self, token: int, view: memoryview) -> None:
-        try:
-            view.release()
-        except BufferError:  # an array made from it lives on: the pin stays until the array goes
-            return
-        self._release_pin(token)
-        self._view_refs.pop(token, None)
-
-    def _pin_while_used_locked(self, slot: int, view: memoryview) -> None:
-        """Pin an entry just committed if arrays made from its writable view live on, until they go."""
-        try:
-            view.release()
-        except BufferError:
-            token = next(self._tokens)
-            self._watch(view, token)
-            self._pin_locked(slot, token)
+        if _take_back(view):  # else the pin stays until the arrays that were made from it go
+            if token in self._holds:
+                self._release_pin(token)
+            self._view_refs.pop(token, None)
 
     def pin(self, key: str) -> bool:
         """Keep the value that is there now from being evicted or moved until `unpin` or `close`; False if none is.
@@ -3071,7 +3058,8 @@ class KVCachePool:
             place = self._reserve(encode_key(entry.key), entry.size, snapshot_meta(entry), token)
             if place is None:
                 return False
-            with self._writable(*place) as target:
+            assert self._segment is not None
+            with self._segment.buffer[place[0] : place[0] + place[1]] as target:
                 if not snapshot.read(item, target):
                     raise CorruptionError(f"{snapshot.path} changed while it was read, at entry {entry.key!r}")
             self._commit(token, entry.access_count, (entry.created_at, entry.last_accessed))
@@ -3089,6 +3077,17 @@ def _slide(extents: list[tuple[int, int, int]], low: int) -> list[tuple[int, int
             moves.append((slot, low))
         low += num_blocks
     return moves
+
+
+def _take_back(view: memoryview) -> bool:
+    """Release a view made by `_lend`; False if arrays made from it live on."""
+    owner = cast(memoryview, view.obj)
+    try:
+        view.release()
+        owner.release()
+    except BufferError:
+        return False
+    return True
 
 
 def as_bytes(data: Any) -> memoryview:
@@ -3445,8 +3444,8 @@ class KVCacheCLI:
             if not pool.put(args.key, data, **meta):
                 limit = pool.get_stats()["data_size_bytes"]
                 raise StorageError(
-                    f"{args.key!r} with {len(data)} bytes does not fit: {args.name} holds {limit}, or pinned entries are "
-                    "in the way; make a larger pool or unpin"
+                    f"{args.key!r} with {len(data)} bytes does not fit: {args.name} holds {limit}, or pinned entries "
+                    "are in the way; make a larger pool or unpin"
                 )
         _say(f"stored {args.key} ({format_size(len(data))}) in {args.name}")
         return EXIT_DONE
