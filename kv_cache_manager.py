@@ -59,9 +59,12 @@ import errno
 import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import json
+import math
 import mmap
+import operator
 import os
 import re
 import stat
@@ -72,7 +75,7 @@ import time
 import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from enum import Enum
@@ -141,6 +144,7 @@ FREE, WRITING, COMPLETE, CONDEMNED = range(4)
 COPY_UNDER_LOCK = 64 << 10  # bytes; a larger value is copied outside the lock
 COPY_CHUNK = 1 << 20
 RESERVE_CHUNK = 256 << 20
+UNFINISHED_SECONDS = 60  # how old an unfinished segment must be for `prune` to take it for abandoned
 I64_MIN, I64_MAX = -(1 << 63), (1 << 63) - 1
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
@@ -200,22 +204,22 @@ def _os_errors(doing: str) -> Iterator[None]:
 # Sizes
 # ======================================================================================================================
 
-_SIZE_TEXT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([KMGTP]?)(?:I?B)?", re.IGNORECASE)
+_SIZE_TEXT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([KMGTP])I?)?B?", re.IGNORECASE | re.ASCII)
 _UNITS = " KMGTP"
 
 
 def parse_size(text: str) -> int:
     """Bytes in a size such as "16G", "1.5g", "64MiB" or "1024"; units are powers of 1024. ValueError if it is none."""
-    match = _SIZE_TEXT.fullmatch(text.strip()) if isinstance(text, str) else None
+    match = _SIZE_TEXT.fullmatch(text.strip()) if isinstance(text, str) and len(text) < 100 else None
     if match is None:
         raise InvalidArgumentError(f"size {text!r} is not a number with an optional K, M, G, T or P, such as 16G")
     number, unit = match.groups()
-    return int(Fraction(number) * 1024 ** _UNITS.index(unit.upper() or " "))
+    return int(Fraction(number) * 1024 ** _UNITS.index((unit or " ").upper()))
 
 
 def format_size(size_bytes: float) -> str:
     """A size for people: 500 -> "500 B", 16 * 1024**3 -> "16.0 GB"."""
-    if abs(size_bytes) < 1024:
+    if abs(size_bytes) < 1023.5:
         return f"{size_bytes:.0f} B"
     power = 1
     while abs(size_bytes) / 1024**power >= 1023.95 and power < len(_UNITS) - 1:
@@ -303,16 +307,40 @@ def check_name(name: str) -> str:
     """Return `name` if a pool may be called so."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MAX_NAME_LENGTH:
         raise InvalidArgumentError(
-            f"pool name {name!r} must be 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 . _ - and not begin with . or -"
+            f"pool name {_show(name)} must be 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 . _ - and not begin with . or -"
         )
     return name
 
 
+def _show(value: object) -> str:
+    """A short repr for an error message; it never fails itself, as that of an int of 5,000 digits does."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  # whatever a caller's __repr__ raises
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def check_int(what: str, value: int, low: int, high: int = I64_MAX) -> int:
-    """Return `value` if it is an integer from `low` to `high`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
-        raise InvalidArgumentError(f"{what} {value!r} must be an integer from {low} to {high}")
-    return int(value)
+    """Return `value` as an int if it is an integer from `low` to `high`."""
+    try:
+        number = operator.index(value) if not isinstance(value, bool) else None
+    except (TypeError, ValueError):
+        number = None
+    if number is None or not low <= number <= high:
+        raise InvalidArgumentError(f"{what} {_show(value)} must be an integer from {low} to {high}")
+    return number
+
+
+def check_path(path: str | os.PathLike[str], what: str = "path") -> str:
+    """Return a path as text."""
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    try:
+        if isinstance(text, str) and text and b"\0" not in os.fsencode(text):
+            return text
+    except UnicodeEncodeError:
+        pass
+    raise InvalidArgumentError(f"{what} {_show(path)} must be a str or os.PathLike that a file can have")
 
 
 def encode_key(key: str) -> bytes:
@@ -328,7 +356,17 @@ def encode_key(key: str) -> bytes:
         raise InvalidArgumentError(f"key {shown!r} has {len(encoded)} UTF-8 bytes, the limit is 1 to {MAX_KEY_BYTES}")
     if isinstance(key, str):
         return encode_key(str(key))
-    raise InvalidArgumentError(f"key {key!r} is a {type(key).__name__}, it must be a str of 1 to {MAX_KEY_BYTES} bytes")
+    raise InvalidArgumentError(
+        f"key {_show(key)} is a {type(key).__name__}, it must be a str of 1 to {MAX_KEY_BYTES} bytes"
+    )
+
+
+# The dtypes of safetensors, and their sizes. Others that a file may name are taken as they are.
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+_DTYPE = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -345,23 +383,35 @@ class EntryMeta:
     def of(
         cls,
         key: bytes,
+        size: int,
         prefix_hash: str = "",
         priority: int = 0,
         sequence_length: int = 0,
         layer_index: int = 0,
         dtype: str = "",
-        shape: Iterable[int] = (),
+        shape: Sequence[int] = (),
     ) -> EntryMeta:
-        """Check the metadata of a value to be stored under `key`."""
+        """Check the metadata of a value of `size` bytes to be stored under `key`."""
         if not isinstance(prefix_hash, str):
             raise InvalidArgumentError(
-                f"prefix_hash {prefix_hash!r} is a {type(prefix_hash).__name__}, it must be a str"
+                f"prefix_hash {_show(prefix_hash)} is a {type(prefix_hash).__name__}, it must be a str"
             )
         try:
             prefix = prefix_hash.encode()
         except UnicodeEncodeError:
             raise InvalidArgumentError(f"prefix_hash {prefix_hash!r} holds surrogates UTF-8 cannot encode") from None
-        tensor = " ".join([dtype, *map(str, shape)]).encode() if dtype else b""
+        tensor = b""
+        if dtype or shape != ():
+            lengths = (
+                [check_int("dimension", length, 0) for length in shape] if isinstance(shape, (tuple, list)) else None
+            )
+            if lengths is None or not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+                raise InvalidArgumentError(
+                    f"dtype {_show(dtype)} and shape {_show(shape)} must be such as 'BF16' and (2, 16)"
+                )
+            if dtype in DTYPE_BYTES and math.prod(lengths) * DTYPE_BYTES[dtype] != size:
+                raise InvalidArgumentError(f"a value of {size} bytes is no {dtype} tensor of shape {lengths}")
+            tensor = " ".join([dtype, *map(str, lengths)]).encode()
         total = len(key) + len(prefix) + len(tensor)
         if total > RECORD_TEXT:
             raise InvalidArgumentError(
@@ -456,7 +506,7 @@ class BitmapAllocator:
 
     def __init__(self, num_blocks: int, bitmap: memoryview | None = None, counters: memoryview | None = None) -> None:
         self.num_blocks = check_int("num_blocks", num_blocks, 1, (1 << 32) - 1)
-        self.num_bytes = (num_blocks + 7) // 8
+        self.num_bytes = (self.num_blocks + 7) // 8
         self._lock = threading.Lock()
         self._bits = memoryview(bytearray(self.num_bytes)) if bitmap is None else bitmap
         self._counters = memoryview(bytearray(24)).cast("q") if counters is None else counters
@@ -465,14 +515,14 @@ class BitmapAllocator:
 
     def allocate(self, num_blocks: int) -> int | None:
         """First block of the lowest free run of `num_blocks`, now in use; None if there is none."""
-        check_int("num_blocks", num_blocks, 1)
+        num_blocks = check_int("num_blocks", num_blocks, 1)
         with self._lock:
             return self.allocate_locked(num_blocks)
 
     def free(self, start_block: int, num_blocks: int) -> None:
         """Give blocks back. InvalidArgumentError if one of them lies outside or is free already."""
-        check_int("num_blocks", num_blocks, 1, self.num_blocks)
-        check_int("start_block", start_block, 0, self.num_blocks - num_blocks)
+        num_blocks = check_int("num_blocks", num_blocks, 1, self.num_blocks)
+        start_block = check_int("start_block", start_block, 0, self.num_blocks - num_blocks)
         with self._lock:
             if self._runs_in(start_block, num_blocks, in_use=False):
                 raise InvalidArgumentError(
@@ -490,7 +540,8 @@ class BitmapAllocator:
 
     def from_bytes(self, data: bytes) -> None:
         """Take over a bitmap made by `to_bytes` of an allocator of the same size."""
-        if len(data) != self.num_bytes:
+        if not isinstance(data, (bytes, bytearray, memoryview)) or len(data) != self.num_bytes:
+            data = b"" if not isinstance(data, (bytes, bytearray, memoryview)) else data
             raise InvalidArgumentError(f"bitmap has {len(data)} bytes, {self.num_blocks} blocks need {self.num_bytes}")
         bits = int.from_bytes(data, "little")
         if bits >> self.num_blocks:
@@ -670,7 +721,10 @@ class EvictionManager:
     """
 
     def __init__(self, policy: EvictionPolicy, buffer: memoryview | None = None, num_slots: int = 64) -> None:
-        self.policy = EvictionPolicy(policy)
+        try:
+            self.policy = EvictionPolicy(policy)
+        except ValueError:
+            raise InvalidArgumentError(f"policy {_show(policy)} must be an EvictionPolicy") from None
         self._lock = threading.Lock()
         self._slot_of: dict[str, int] = {}
         self._entry_of: dict[int, CacheEntry] = {}
@@ -694,6 +748,10 @@ class EvictionManager:
 
     def add(self, entry: CacheEntry) -> None:
         """Track an entry as the most recently used one; one of the same key is replaced."""
+        count, priority = (
+            check_int("access_count", entry.access_count, 0),
+            check_int("priority", entry.priority, I64_MIN),
+        )
         with self._lock:
             self._remove(entry.key)
             if not self._free_slots and len(self._entry_of) == self.num_slots:
@@ -701,7 +759,7 @@ class EvictionManager:
             slot = self._free_slots.pop() if self._free_slots else len(self._entry_of) + 1
             self._slot_of[entry.key] = slot
             self._entry_of[slot] = entry
-            self.stamp_locked(slot, entry.access_count, entry.priority)
+            self.stamp_locked(slot, count, priority)
             self.link_locked(slot)
 
     def access(self, key: str) -> None:
@@ -955,6 +1013,14 @@ def _somebody_has_open(path: str) -> bool:
         os.close(fd)
 
 
+def _available_memory() -> int | None:
+    """Bytes of memory and swap that can be had, None if that can't be known."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * sum(int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in lines)
+    return None
+
+
 @functools.lru_cache(maxsize=1)
 def _boot_id() -> int:
     """A number that changes with every boot."""
@@ -971,12 +1037,15 @@ class SegmentHeader:
     config: CachePoolConfig
     store_path: str
     transient: bool
+    identity: str  # random; tells a pool from a later one of the same name
 
     def encode(self) -> tuple[bytes, bytes]:
         """(fixed words without the magic, JSON)."""
-        text = json.dumps(
-            {"config": self.config.to_dict(), "store": self.store_path, "transient": self.transient}
-        ).encode()
+        more = {"store": self.store_path, "transient": self.transient, "identity": self.identity}
+        try:
+            text = json.dumps({"config": self.config.to_dict(), **more}).encode()
+        except (TypeError, ValueError) as error:
+            raise InvalidArgumentError(f"config {_show(self.config)} holds what JSON can't: {error}") from None
         if len(text) > HEADER_SIZE - HEADER_JSON_AT:
             raise InvalidArgumentError(
                 f"config and store path take {len(text)} bytes, the header holds {HEADER_SIZE - HEADER_JSON_AT}: "
@@ -1011,7 +1080,9 @@ class SegmentHeader:
             raise CorruptionError(
                 f"{path} has {file_bytes} bytes, its header says {geometry.total_bytes}: cut? delete it"
             )
-        return cls(geometry, CachePoolConfig.from_dict(more["config"]), more["store"], more["transient"])
+        return cls(
+            geometry, CachePoolConfig.from_dict(more["config"]), more["store"], more["transient"], more["identity"]
+        )
 
 
 def read_header(path: str) -> SegmentHeader | None:
@@ -1050,8 +1121,8 @@ class Segment:
                     path, os.O_RDWR | os.O_CLOEXEC | (0 if in_shm or not create else os.O_CREAT | os.O_EXCL), 0o600
                 )
                 made = create
-                fcntl.flock(self.fd, fcntl.LOCK_EX)  # `prune` leaves an unfinished segment alone while this is held
                 if create:
+                    fcntl.flock(self.fd, fcntl.LOCK_EX)  # `prune` leaves an unfinished segment alone while this is held
                     os.fchmod(self.fd, 0o600)
                     self._reserve_space(progress)
                 _record_lock(self.fd, fcntl.F_RDLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLKW)
@@ -1066,7 +1137,7 @@ class Segment:
             self.floats = self.buffer.cast("d")
             if create:
                 self._publish()
-            fcntl.flock(self.fd, fcntl.LOCK_UN)
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
         except BaseException as error:
             if made:
                 with contextlib.suppress(OSError):
@@ -1079,7 +1150,18 @@ class Segment:
     def _reserve_space(self, progress: Progress | None) -> None:
         """Allocate every page now: a file that only looks large enough kills with SIGBUS at the first touch."""
         total = self.header.geometry.total_bytes
+        place = os.path.dirname(self.path)
+        in_memory = place == SHM_DIR
+        available = _available_memory() if in_memory else None
+        if available is not None and total > available:  # the kernel would kill somebody instead of saying no
+            raise StorageError(
+                f"the pool needs {format_size(total)}, this machine has {format_size(available)} of memory available: "
+                "make a smaller pool, or use tier nvme"
+            )
         try:
+            room = os.statvfs(place)
+            if total > room.f_bavail * room.f_frsize:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for at in range(0, total, RESERVE_CHUNK):
                 os.posix_fallocate(self.fd, at, min(RESERVE_CHUNK, total - at))
                 if progress is not None:
@@ -1087,11 +1169,8 @@ class Segment:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            place = os.path.dirname(self.path)
             room = os.statvfs(place)
-            fix = (
-                "raise Docker's --shm-size, remount it with a larger size=," if place == SHM_DIR else "free some space"
-            )
+            fix = "raise Docker's --shm-size, remount it with a larger size=," if in_memory else "free some space"
             raise StorageError(
                 f"the pool needs {format_size(total)} and {place} has {format_size(room.f_bavail * room.f_frsize)} "
                 f"free of {format_size(room.f_blocks * room.f_frsize)}: {fix} or make a smaller pool"
@@ -1165,43 +1244,28 @@ class Segment:
             del self.memory
 
 
-class StoreLock:
-    """`flock` on a store directory; serializes creating, opening by name and deleting. Use as a context manager."""
+# Held while a thread opens, makes or deletes a pool, and by `fork`: a child that inherits a lock file in the middle of
+# that would hold the lock for its whole life.
+_no_fork = threading.RLock()
 
-    _open_fds: set[int] = set()  # noqa: RUF012  # closed in forked children, which must not hold our lock
 
-    def __init__(self, store_path: str, wait: bool = True) -> None:
-        self._path = store_path
-        self._wait = wait
-        self._fd = -1
+def _in_store(store_path: str, work: Callable[[], _R], wait: bool = True) -> _R:
+    """Run `work` under the lock of a store directory, which serializes making, opening by name and deleting.
 
-    def __enter__(self) -> StoreLock:
+    A function with try and finally, and no context manager, for the reason given at `_locked`.
+    """
+    fd = -1
+    with _no_fork:
         try:
-            with _os_errors(f"lock the store directory {self._path}"):
-                self._fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                self._open_fds.add(self._fd)
-                fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            self._open_fds.discard(fd)
-            os.close(fd)
-
-    def __del__(self) -> None:  # an interrupt may keep `__exit__` from running
-        self.__exit__()
-
-    @classmethod
-    def after_fork(cls) -> None:
-        """In a forked child: drop locks that another thread of the parent holds."""
-        for fd in cls._open_fds:
-            with contextlib.suppress(OSError):
+            try:
+                fd = os.open(store_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError as error:
+                raise StorageError(f"cannot lock the store directory {store_path}: {error.strerror}") from error
+            return work()
+        finally:
+            if fd >= 0:
                 os.close(fd)
-        cls._open_fds.clear()
 
 
 # ======================================================================================================================
@@ -1438,17 +1502,13 @@ class EntryTable:
 
 # A snapshot is a safetensors file (https://github.com/huggingface/safetensors#format): eight bytes of header length, a
 # JSON header, the tensors without gaps. One tensor an entry, next victim first, so that reading them in turn rebuilds
-# the eviction order. `__metadata__` holds "format", "header_crc32", "config" (JSON) and "entries" (JSON: tensor name ->
-# `SnapshotEntry.to_json`).
+# the eviction order. `__metadata__` holds "format", "cortex_header_crc32", "cortex_config" (JSON) and
+# "cortex_entries" (JSON: tensor name -> `SnapshotEntry.to_json`).
 
 SNAPSHOT_FORMAT = "cortex-kv 1"
 NO_CHECKSUM = "00000000"  # stands in the header while its CRC-32 is computed, over the header with its padding
 SNAPSHOT_SUFFIX = ".safetensors"
 MAX_SNAPSHOT_HEADER = 1 << 31
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
 
 
 @dataclass
@@ -1470,7 +1530,12 @@ def _snapshot_header(config: CachePoolConfig, saved: Mapping[str, SnapshotEntry]
     """The JSON header for tensors that lie one behind the other, its checksum still NO_CHECKSUM."""
     entries = json.dumps({name: item.to_json() for name, item in saved.items()}, ensure_ascii=False)
     config_text = json.dumps(config.to_dict())
-    metadata = {"format": SNAPSHOT_FORMAT, "header_crc32": NO_CHECKSUM, "config": config_text, "entries": entries}
+    metadata = {
+        "format": SNAPSHOT_FORMAT,
+        "cortex_header_crc32": NO_CHECKSUM,
+        "cortex_config": config_text,
+        "cortex_entries": entries,
+    }
     header: dict[str, Any] = {"__metadata__": metadata}
     begin = 0
     for name, item in saved.items():
@@ -1497,25 +1562,29 @@ def write_snapshot(
     temporary = os.path.join(directory, f".{base}.tmp")
     with _os_errors(f"write the snapshot {path}"):
         while True:
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            file = os.fdopen(fd, "r+b")
+            file = open(temporary, "a+b", opener=functools.partial(os.open, mode=0o600))  # noqa: SIM115
+            fd = file.fileno()
             fcntl.flock(fd, fcntl.LOCK_EX)
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(temporary)):
+                there = os.lstat(temporary)
+                if stat.S_ISLNK(there.st_mode):
+                    raise StorageError(f"{temporary} is a symbolic link: remove it")
+                if os.path.samestat(os.fstat(fd), there):
                     break  # else another writer has renamed it meanwhile
             file.close()
-        try:
-            with file:
+        with file:
+            try:
+                fcntl.fcntl(fd, fcntl.F_SETFL, 0)  # append mode was for opening without truncating, before the lock
                 os.fchmod(fd, 0o600)
-                file.truncate()
+                file.truncate(0)
                 saved = _write_values(file, config, entries, read, progress)
                 file.flush()
                 os.fsync(fd)
                 os.rename(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+                raise
         directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory_fd)
@@ -1549,7 +1618,7 @@ def _write_values(
                     file.write(chunk)
                     done += len(chunk)
                 if progress is not None:
-                    progress(done, total)
+                    progress(min(done, total), total)  # values may have grown meanwhile
             name = entry.key
             while name in saved or name == "__metadata__":  # the one name that safetensors keeps for itself
                 name += "_"
@@ -1574,7 +1643,8 @@ class Snapshot:
         self.entries: list[SnapshotEntry] = []
         self._file: BinaryIO | None = None
         try:
-            self._file = open(path, "rb")  # noqa: SIM115
+            # O_NONBLOCK: opening a named pipe would wait for a writer.
+            self._file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
             if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
                 raise CorruptionError(f"{path} is not a file")
             self._read_header(self._file)
@@ -1607,7 +1677,7 @@ class Snapshot:
             self._take_header(file.read(length), file_bytes)
         except CorruptionError:
             raise
-        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
             raise CorruptionError(f"the header of {self.path} is damaged: {error or type(error).__name__}") from None
 
     def _take_header(self, raw: bytes, file_bytes: int) -> None:
@@ -1616,44 +1686,47 @@ class Snapshot:
         metadata = header.pop("__metadata__", {})
         # Any sign of ours counts, so that damage to one of them does not make the file look like another program's.
         ours = (
-            not {"header_crc32", "config", "entries"}.isdisjoint(metadata) or metadata.get("format") == SNAPSHOT_FORMAT
+            not {"cortex_header_crc32", "cortex_config", "cortex_entries"}.isdisjoint(metadata)
+            or metadata.get("format") == SNAPSHOT_FORMAT
         )
         about: dict[str, list[Any]] = {}
         if ours:
-            checksum_text = metadata["header_crc32"].encode()
+            checksum_text = metadata["cortex_header_crc32"]
             if metadata["format"] != SNAPSHOT_FORMAT:
                 raise ValueError(f"format {metadata['format']!r}, this program knows {SNAPSHOT_FORMAT!r}")
-            if zlib.crc32(raw.replace(checksum_text, NO_CHECKSUM.encode(), 1)) != int(checksum_text, 16):
+            unsealed = raw.replace(checksum_text.encode(), NO_CHECKSUM.encode(), 1)
+            if f"{zlib.crc32(unsealed):08x}" != checksum_text:
                 raise ValueError("it does not match its checksum")
-            about = json.loads(metadata["entries"], object_pairs_hook=_unique_keys)
-            self.config = CachePoolConfig.from_dict(json.loads(metadata["config"]))
+            about = json.loads(metadata["cortex_entries"], object_pairs_hook=_unique_keys)
+            self.config = CachePoolConfig.from_dict(json.loads(metadata["cortex_config"]))
             if about.keys() != header.keys():
                 raise ValueError("its entries and its tensors differ")
         end = 0
         now = time.time()
         for name, tensor in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
             begin, stop = tensor["data_offsets"]
-            shape = tuple(check_int("dimension", n, 0) for n in tensor["shape"])
-            if begin != end or check_int("offset", stop, begin) > file_bytes - data_at:
+            if check_int("offset", begin, 0) != end or check_int("offset", stop, begin) > file_bytes - data_at:
                 raise CorruptionError(
                     f"{self.path} is cut or damaged: entry {name!r} lies at {begin} to {stop}, after {end} of "
                     f"{file_bytes - data_at} bytes"
                 )
             end = stop
-            size, dtype = stop - begin, str(tensor["dtype"])
-            count = functools.reduce(lambda a, b: a * b, shape, 1)
-            if dtype in DTYPE_BYTES and count * DTYPE_BYTES[dtype] != size:
-                raise ValueError(f"tensor {name!r} of {dtype} {list(shape)} has {size} bytes")
+            size = stop - begin
             checksum, is_tensor = None, True
             entry = CacheEntry(name, "", data_at + begin, size, now, now)
             if ours:
                 (text, entry.key, entry.prefix_hash, entry.created_at, entry.last_accessed, entry.access_count,
                  entry.priority, entry.sequence_length, entry.layer_index, is_tensor) = about[name]  # fmt: skip
                 checksum = int(text, 16)
-                float(entry.created_at) + float(entry.last_accessed)
+                if not all(
+                    type(t) in (int, float) and math.isfinite(t) for t in (entry.created_at, entry.last_accessed)
+                ):
+                    raise ValueError(f"entry {name!r} has times that are none")
                 check_int("access count", entry.access_count, 0)
             if is_tensor:
-                entry.dtype, entry.shape = dtype, shape
+                entry.dtype, entry.shape = tensor["dtype"], tuple(tensor["shape"])
+            elif (tensor["dtype"], tensor["shape"]) != ("U8", [size]):
+                raise ValueError(f"entry {name!r} is not plain bytes")
             snapshot_meta(entry)
             self.entries.append(SnapshotEntry(entry, checksum))
         if end != file_bytes - data_at:
@@ -1714,14 +1787,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def snapshot_meta(entry: CacheEntry) -> EntryMeta:
     """The metadata of an entry, checked, for storing it."""
+    e = entry
     return EntryMeta.of(
-        encode_key(entry.key),
-        entry.prefix_hash,
-        entry.priority,
-        entry.sequence_length,
-        entry.layer_index,
-        entry.dtype,
-        entry.shape,
+        encode_key(e.key), e.size, e.prefix_hash, e.priority, e.sequence_length, e.layer_index, e.dtype, e.shape
     )
 
 
@@ -1738,7 +1806,7 @@ def default_store_path() -> str:
 
 
 def _real_store_path(store_path: str | os.PathLike[str] | None) -> str:
-    return os.path.realpath(os.fspath(store_path) if store_path is not None else default_store_path())
+    return os.path.realpath(check_path(store_path) if store_path is not None else default_store_path())
 
 
 def _segment_paths(store_path: str, name: str) -> dict[str, str]:
@@ -1797,19 +1865,25 @@ def _open_segment(
             raise UnsupportedError(
                 "tier 'gpu' is not built yet: it needs CUDA memory shared between processes; use cpu, or nvme"
             )
-        if config.tier not in paths:
-            raise InvalidArgumentError(f"tier {config.tier!r} must be one of cpu, nvme")
-        if config.eviction_policy not in {policy.value for policy in EvictionPolicy}:
-            known = ", ".join(policy.value for policy in EvictionPolicy)
-            raise InvalidArgumentError(f"eviction_policy {config.eviction_policy!r} must be one of {known}")
-        new = SegmentHeader(Geometry.of(config), config, store_path, transient)
+        for what, value, known in (
+            ("tier", config.tier, list(paths)),
+            ("eviction_policy", config.eviction_policy, [policy.value for policy in EvictionPolicy]),
+        ):
+            if value not in known:
+                raise InvalidArgumentError(f"{what} {_show(value)} must be one of {', '.join(known)}")
+        if config.persist_path is not None:
+            if not isinstance(config.persist_path, str):
+                raise InvalidArgumentError(f"persist_path {_show(config.persist_path)} must be a str")
+            check_path(config.persist_path, "persist_path")
+        new = SegmentHeader(Geometry.of(config), config, store_path, transient, os.urandom(8).hex())
         new.encode()
     if create:
         with _os_errors(f"make the store directory {store_path}"):
             os.makedirs(store_path, mode=0o700, exist_ok=True)
     elif not os.path.isdir(store_path):
         return None
-    with StoreLock(store_path):
+
+    def open_or_make() -> Segment | None:
         for path in paths.values():
             there = _find_segment(path)
             if there is not None:
@@ -1821,6 +1895,8 @@ def _open_segment(
         if not create or new is None:
             return None
         return Segment(paths[new.config.tier], new, create=True, progress=progress)
+
+    return _in_store(store_path, open_or_make)
 
 
 def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Concatenate[KVCachePool, _P], _R]:
@@ -1849,6 +1925,11 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                 if self._words[DIRTY] or self._untidy or self._gone_views:
                     self._recover_locked()
                 return method(self, *args, **kwargs)
+            except CacheError:
+                raise
+            except BaseException:
+                self._untidy = True
+                raise
             finally:
                 self._is_locked = False
                 fcntl.flock(fd, fcntl.LOCK_UN)
@@ -1978,25 +2059,31 @@ class KVCachePool:
         if not isinstance(config, CachePoolConfig):
             raise InvalidArgumentError(f"config is a {type(config).__name__}, it must be a CachePoolConfig")
         store = _real_store_path(store_path)
-        segment = _open_segment(store, config.name, config, create=create, transient=True)
-        if segment is None:
-            raise PoolNotFoundError(f"there is no pool {config.name!r} in {store}: create it first")
-        self._start(segment)
+        with _no_fork:
+            segment = _open_segment(store, config.name, config, create=create, transient=True)
+            if segment is None:
+                raise PoolNotFoundError(f"there is no pool {config.name!r} in {store}: create it first")
+            self._start(segment)
 
     @classmethod
     def attach(cls, name: str, store_path: str | os.PathLike[str] | None = None) -> KVCachePool:
         """Open an existing pool; PoolNotFoundError if there is none of that name."""
         store = _real_store_path(store_path)
-        segment = _open_segment(store, name)
-        if segment is None:
+        pool = cls._open(store, name)
+        if pool is None:
             raise PoolNotFoundError(f"there is no pool {name!r} in {store}: create it first")
-        return cls._over(segment)
+        return pool
 
     @classmethod
-    def _over(cls, segment: Segment) -> KVCachePool:
-        pool = cls.__new__(cls)
-        pool._start(segment)
-        return pool
+    def _open(cls, store_path: str, name: str, config: CachePoolConfig | None = None, **how: Any) -> KVCachePool | None:
+        """A handle on what `_open_segment` finds or makes."""
+        with _no_fork:
+            segment = _open_segment(store_path, name, config, **how)
+            if segment is None:
+                return None
+            pool = cls.__new__(cls)
+            pool._start(segment)
+            return pool
 
     def _start(self, segment: Segment) -> None:
         self._segment: Segment | None = segment
@@ -2005,7 +2092,7 @@ class KVCachePool:
         self.store_path = segment.header.store_path
         self._geometry = geometry = segment.header.geometry
         self._path = segment.path
-        self._inode = os.fstat(segment.fd).st_ino
+        self._identity = segment.header.identity
         self._mutex = threading.RLock()
         self._is_locked = False
         self._closing = False
@@ -2032,7 +2119,12 @@ class KVCachePool:
             geometry.num_slots,
         )
         _open_pools.add(self)
-        self._join()
+        try:
+            self._join()
+        except BaseException:
+            self._segment = None
+            self._shut(segment, wait=True)
+            raise
 
     # --- closing -----------------------------------------------------------------------------------------------------
 
@@ -2049,6 +2141,8 @@ class KVCachePool:
                 raise CacheError(f"pool {self.name!r} was closed by a signal handler that interrupted a call to it")
             self._closing = True
             self._unpin_all()
+            if self._gone_views:  # views dropped after a first close
+                self._join()
             self._close_if_unused()
 
     def unlink(self) -> None:
@@ -2103,13 +2197,17 @@ class KVCachePool:
                 self._remove_name(wait, only_if_unused=True)
 
     def _remove_name(self, wait: bool, only_if_unused: bool = False) -> None:
-        with (
-            StoreLock(self.store_path, wait),
-            _os_errors(f"delete {self._path}"),
-            contextlib.suppress(FileNotFoundError),
-        ):
-            if os.stat(self._path).st_ino == self._inode and not (only_if_unused and _somebody_has_open(self._path)):
-                os.unlink(self._path)
+        def remove() -> None:
+            with _os_errors(f"delete {self._path}"), contextlib.suppress(FileNotFoundError):
+                header = read_header(self._path)
+                same = header is not None and header.identity == self._identity  # not a later pool of that name
+                if same and not (only_if_unused and _somebody_has_open(self._path)):
+                    os.unlink(self._path)
+
+        if os.path.isdir(self.store_path):
+            _in_store(self.store_path, remove, wait)
+        else:  # nobody can open the pool by name any more
+            remove()
 
     def _after_fork(self) -> None:
         """In a forked child: locks and session of our own, and none of the parent's views, pins and writes."""
@@ -2318,10 +2416,11 @@ class KVCachePool:
 
         If another interrupt keeps that from being done, the next call of this handle does it.
         """
-        self._untidy = True
-        self._holds.pop(token, None)
-        self._writes.discard(token)
-        self._view_refs.pop(token, None)
+        with self._mutex:
+            self._untidy = True
+            self._holds.pop(token, None)
+            self._writes.discard(token)
+            self._view_refs.pop(token, None)
         if self._segment is not None and not self._is_locked:
             self._join()
             if self._closing:
@@ -2557,7 +2656,7 @@ class KVCachePool:
         else:
             data = as_bytes(data)
             size = data.nbytes
-        checked = EntryMeta.of(encoded, **meta) if meta else NO_META
+        checked = EntryMeta.of(encoded, size, **meta) if meta else NO_META
         return self._store(encoded, data, size, checked)
 
     def _store(self, key: bytes, data: Any, size: int, meta: EntryMeta) -> bool:
@@ -2666,8 +2765,8 @@ class KVCachePool:
         """
         self._check_open()
         encoded = encode_key(key)
-        check_int("size", size, 0)
-        return _Reservation(self, encoded, int(size), EntryMeta.of(encoded, **meta))
+        size = check_int("size", size, 0)
+        return _Reservation(self, encoded, size, EntryMeta.of(encoded, size, **meta))
 
     def _offset(self, slot: int) -> int:
         """Where a value begins, in bytes from the start of the segment."""
@@ -2769,32 +2868,28 @@ class KVCachePool:
         encoded = encode_key(key)
         token = next(self._tokens)
         try:
-            if not self._pin(encoded, token):
-                return False
-            self._pins_by_key.setdefault(encoded, []).append(token)
+            return self._pin(encoded, token)
         except BaseException:
             self._abandon(token)
             raise
-        return True
 
     @_locked
     def _pin(self, key: bytes, token: int) -> bool:
         slot = self._table.find(key)
         if slot:
+            self._pins_by_key.setdefault(key, []).append(token)
             self._pin_locked(slot, token)
         return bool(slot)
 
+    @_locked
     def unpin(self, key: str) -> bool:
         """Take back one `pin` of this handle; False if it has none on that key."""
-        self._check_open()
         encoded = encode_key(key)
-        tokens = [token for token in self._pins_by_key.get(encoded, []) if token in self._holds]
+        tokens = [token for token in self._pins_by_key.pop(encoded, []) if token in self._holds]
+        if tokens[1:]:
+            self._pins_by_key[encoded] = tokens[1:]
         if tokens:
-            self._release_pin(tokens[-1])
-        if len(tokens) > 1:
-            self._pins_by_key[encoded] = tokens[:-1]
-        else:
-            self._pins_by_key.pop(encoded, None)
+            self._unpin_locked(tokens[0])
         return bool(tokens)
 
     # --- removing ----------------------------------------------------------------------------------------------------
@@ -2827,7 +2922,7 @@ class KVCachePool:
         Pinned entries are passed over.
         """
         if isinstance(percent, bool) or not isinstance(percent, (int, float)) or not 0 <= percent <= 100:
-            raise InvalidArgumentError(f"percent {percent!r} must be a number from 0 to 100")
+            raise InvalidArgumentError(f"percent {_show(percent)} must be a number from 0 to 100")
         wanted = int(self._words[NUM_ENTRIES] * percent / 100)
         victims = list(itertools.islice(self._candidates_locked(), wanted))
         if len(victims) < wanted and self._reap_locked():
@@ -2860,7 +2955,7 @@ class KVCachePool:
         """The entries stored with that prefix hash, oldest first. Cost: their number, not the pool's."""
         if not isinstance(prefix_hash, str):
             raise InvalidArgumentError(
-                f"prefix_hash {prefix_hash!r} is a {type(prefix_hash).__name__}, it must be a str"
+                f"prefix_hash {_show(prefix_hash)} is a {type(prefix_hash).__name__}, it must be a str"
             )
         prefix = prefix_hash.encode(errors="surrogatepass")
         return [self._entry_locked(slot) for slot in self._table.find_prefix(prefix)]
@@ -3008,7 +3103,7 @@ class KVCachePool:
         Others go on meanwhile: each entry is pinned while it is copied; one that goes away before that is left out.
         StorageError if the file can't be written. `progress` is called with (bytes done, bytes in all).
         """
-        self._persist(os.fspath(path) if path is not None else self.default_snapshot_path, progress)
+        self._persist(check_path(path) if path is not None else self.default_snapshot_path, progress)
         return True
 
     def _persist(self, path: str, progress: Progress | None) -> int:
@@ -3047,7 +3142,7 @@ class KVCachePool:
         file of another program goes into a pool named after the file. Where not all entries fit, those that the
         policy would evict first are left out.
         """
-        found = restore_snapshot(os.fspath(path), _real_store_path(store_path), True, name, changes, salvage, progress)
+        found = restore_snapshot(check_path(path), _real_store_path(store_path), True, name, changes, salvage, progress)
         return found[0] if found else None
 
     def _take(self, snapshot: Snapshot, item: SnapshotEntry) -> bool:
@@ -3094,10 +3189,12 @@ def as_bytes(data: Any) -> memoryview:
     """A flat view of the bytes of any C-contiguous buffer; of others a copy."""
     try:
         view = memoryview(data)
-    except TypeError:
+    except (TypeError, ValueError, BufferError) as error:
         raise InvalidArgumentError(
-            f"value of type {type(data).__name__} has no buffer: pass bytes or an array"
+            f"value of type {type(data).__name__} gives no buffer ({error}): pass bytes or an array of numbers"
         ) from None
+    if "O" in view.format:
+        raise InvalidArgumentError("value is an array of Python objects, which mean nothing to others: pass numbers")
     if not view.c_contiguous:
         return memoryview(view.tobytes())
     return view
@@ -3129,21 +3226,20 @@ def restore_snapshot(
         if unknown:
             raise InvalidArgumentError(f"a pool config has no {', '.join(sorted(unknown))}")
         config = CachePoolConfig.from_dict({**config.to_dict(), **changes, "name": name or config.name})
-        segment = _open_segment(store_path, config.name)
-        if segment is not None and changes:
-            try:
-                asked = {**segment.header.config.to_dict(), **changes}
-                _check_agreement(CachePoolConfig.from_dict(asked), segment.header.config)
-            except PoolMismatchError:
-                segment.close()
-                raise
-        made = segment is None
-        if segment is None:
-            segment = _open_segment(
-                store_path, config.name, config, create=True, transient=transient, progress=progress
-            )
-            assert segment is not None
-        pool = KVCachePool._over(segment)
+        pool, made = None, False
+        while pool is None:
+            pool = KVCachePool._open(store_path, config.name)
+            if pool is not None and changes:
+                try:
+                    _check_agreement(CachePoolConfig.from_dict({**pool.config.to_dict(), **changes}), pool.config)
+                except PoolMismatchError:
+                    pool.close()
+                    raise
+            if pool is None:
+                with contextlib.suppress(PoolExistsError):  # another process has made it meanwhile: open that
+                    how = {"create": True, "exclusive": True, "transient": transient, "progress": progress}
+                    pool = KVCachePool._open(store_path, config.name, config, **how)
+                    made = True
         try:
             stored = [item.entry.key for item in intact if pool._take(snapshot, item)]
         except BaseException:
@@ -3157,7 +3253,7 @@ def restore_snapshot(
 def _after_fork() -> None:
     global _tracker_lock  # noqa: PLW0603
     _tracker_lock = threading.Lock()
-    StoreLock.after_fork()
+    _no_fork.release()
     for pool in list(_open_pools):
         pool._after_fork()
 
@@ -3171,7 +3267,7 @@ def _close_all() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_after_fork)
 
 
 # ======================================================================================================================
@@ -3188,40 +3284,47 @@ class CacheStore:
 
     def create(self, config: CachePoolConfig, progress: Progress | None = None) -> KVCachePool:
         """Make a pool that stays until it is deleted (tier cpu: or until a reboot). PoolExistsError if it is there."""
-        segment = _open_segment(self.store_path, config.name, config, create=True, exclusive=True, progress=progress)
-        assert segment is not None
-        return KVCachePool._over(segment)
+        if not isinstance(config, CachePoolConfig):
+            raise InvalidArgumentError(f"config is a {type(config).__name__}, it must be a CachePoolConfig")
+        pool = KVCachePool._open(self.store_path, config.name, config, create=True, exclusive=True, progress=progress)
+        assert pool is not None
+        return pool
 
     def get(self, name: str) -> KVCachePool | None:
         """A new handle on the pool of that name, None if there is none."""
-        segment = _open_segment(self.store_path, name)
-        return KVCachePool._over(segment) if segment is not None else None
+        return KVCachePool._open(self.store_path, name)
 
     def delete(self, name: str) -> bool:
         """Delete a pool, a damaged one too; False if there is none. Who has it open keeps it until closing it."""
         check_name(name)
-        found = False
-        if os.path.isdir(self.store_path):
-            with StoreLock(self.store_path), _os_errors(f"delete pool {name!r}"):
+
+        def delete() -> bool:
+            found = False
+            with _os_errors(f"delete pool {name!r}"):
                 for path in _segment_paths(self.store_path, name).values():
                     with contextlib.suppress(CorruptionError):
                         if not os.path.lexists(path) or _find_segment(path) is None:
                             continue
                     os.unlink(path)
                     found = True
-        return found
+            return found
+
+        return os.path.isdir(self.store_path) and _in_store(self.store_path, delete)
 
     def list(self) -> builtins.list[str]:
         """Names of the pools, sorted; damaged ones too."""
-        names = set()
-        if os.path.isdir(self.store_path):
-            with StoreLock(self.store_path), _os_errors(f"list the pools of {self.store_path}"):
+
+        def names() -> builtins.list[str]:
+            found = set()
+            with _os_errors(f"list the pools of {self.store_path}"):
                 for example in _segment_paths(self.store_path, "").values():
                     directory, prefix = os.path.split(example)
                     for segment in os.listdir(directory):
                         if segment.startswith(prefix) and self._is_there(os.path.join(directory, segment)):
-                            names.add(segment.removeprefix(prefix))
-        return sorted(names)
+                            found.add(segment.removeprefix(prefix))
+            return sorted(found)
+
+        return _in_store(self.store_path, names) if os.path.isdir(self.store_path) else []
 
     def restore(
         self,
@@ -3233,7 +3336,7 @@ class CacheStore:
         **changes: Any,
     ) -> KVCachePool | None:
         """`KVCachePool.restore` into this store; a pool that is made stays until it is deleted."""
-        found = restore_snapshot(os.fspath(path), self.store_path, False, name, changes, salvage, progress)
+        found = restore_snapshot(check_path(path), self.store_path, False, name, changes, salvage, progress)
         return found[0] if found else None
 
     @staticmethod
@@ -3247,7 +3350,10 @@ class CacheStore:
         for segment in sorted(os.listdir(SHM_DIR)):
             path = os.path.join(SHM_DIR, segment)
             if segment.startswith(SEGMENT_PREFIX):
-                with contextlib.suppress(CacheError, OSError):  # not ours, damaged, or in the hands of another process
+                with (
+                    contextlib.suppress(CacheError, OSError),
+                    _no_fork,
+                ):  # not ours, damaged, or in the hands of another process
                     if _prune_segment(path):
                         removed.append(segment)
         return removed
@@ -3262,20 +3368,22 @@ class CacheStore:
 
 def _prune_segment(path: str) -> bool:
     """Remove one segment if it is of no use to anybody."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever makes a segment holds this
-        header = read_header(path)
-        if header is not None:
-            if _byte_is_locked(fd, PRESENCE_BYTE):
+    header = read_header(path)
+    if header is not None:
+        if os.path.isdir(header.store_path):
+            return _in_store(header.store_path, lambda: _find_segment(path) is None)
+        if _somebody_has_open(path):
+            return False
+    else:  # being made, or its maker was killed
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the maker holds this, from a moment after its begin on
+            if time.time() - os.fstat(fd).st_mtime < UNFINISHED_SECONDS:
                 return False
-            if os.path.isdir(header.store_path):
-                with StoreLock(header.store_path):
-                    return header.transient and _find_segment(path) is None
-        os.unlink(path)
-        return True
-    finally:
-        os.close(fd)
+        finally:
+            os.close(fd)
+    os.unlink(path)
+    return True
 
 
 # ======================================================================================================================
@@ -3343,7 +3451,7 @@ class KVCacheCLI:
             parse_size(args.size),
             tier=given.get("tier") or "cpu",
             eviction_policy=given.get("policy") or "lru",
-            max_entries=given.get("max_entries") or CachePoolConfig.max_entries,
+            max_entries=CachePoolConfig.max_entries if given.get("max_entries") is None else args.max_entries,
             persist_path=given.get("persist_path"),
             block_size=parse_size(given.get("block_size") or str(BLOCK_SIZE)),
         )
@@ -3370,7 +3478,9 @@ class KVCacheCLI:
                 if args.name:  # else it has just been deleted
                     raise
             except CacheError as error:
-                _say(f"{name}: {error}")
+                if args.name:
+                    raise
+                _say(f"{name}: {_printable(str(error))}")
                 failed += 1
         if vars(args).get("json"):
             _out(json.dumps(found[0] if args.name and found else found, indent=2))
@@ -3438,17 +3548,28 @@ class KVCacheCLI:
         file = given.get("file") or "-"
         with self._open(args.name) as pool:
             encode_key(args.key)
-            with _os_errors(f"read {file}"):
-                data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-            meta = {k: given[k] for k in ("prefix_hash", "priority", "sequence_length", "layer_index") if given.get(k)}
-            if not pool.put(args.key, data, **meta):
-                limit = pool.get_stats()["data_size_bytes"]
+            limit = pool.get_stats()["data_size_bytes"]
+            data = self._read(file, limit)
+            names = ("prefix_hash", "priority", "sequence_length", "layer_index")
+            meta = {name: given[name] for name in names if given.get(name)}
+            if len(data) > limit or not pool.put(args.key, data, **meta):
+                more = "more than " if len(data) > limit else ""
                 raise StorageError(
-                    f"{args.key!r} with {len(data)} bytes does not fit: {args.name} holds {limit}, or pinned entries "
-                    "are in the way; make a larger pool or unpin"
+                    f"{args.key!r} with {more}{min(len(data), limit)} bytes does not fit: {args.name} holds {limit}, "
+                    "or pinned entries are in the way; make a larger pool or unpin"
                 )
         _say(f"stored {args.key} ({format_size(len(data))}) in {args.name}")
         return EXIT_DONE
+
+    @staticmethod
+    def _read(file: str, limit: int) -> bytearray:
+        """A file or standard input, just over `limit` bytes at most; in pieces, so that Ctrl-C gets through."""
+        data = bytearray()
+        with _os_errors(f"read {file!r}"), contextlib.ExitStack() as stack:
+            source: Any = sys.stdin.buffer if file == "-" else stack.enter_context(open(file, "rb"))
+            while len(data) <= limit and (piece := source.read1(COPY_CHUNK)):
+                data += piece
+        return data
 
     def get(self, args: argparse.Namespace) -> int:
         """write a value to a file, or to standard output"""
@@ -3462,7 +3583,7 @@ class KVCacheCLI:
                 sys.stdout.buffer.write(view)
                 sys.stdout.buffer.flush()
             else:
-                with _os_errors(f"write {file}"), open(file, "wb") as output:
+                with _os_errors(f"write {file!r}"), open(file, "wb") as output:
                     output.write(view)
         return EXIT_DONE
 
@@ -3763,6 +3884,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["cache"]:
         arguments = arguments[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a key that the terminal's encoding lacks is shown, not fatal
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = build_parser().parse_args(arguments)
         code: int = getattr(KVCacheCLI(args.store), args.command)(args)
@@ -3772,13 +3896,13 @@ def main(argv: list[str] | None = None) -> int:
         _say("interrupted")
         return EXIT_INTERRUPTED
     except InvalidArgumentError as error:
-        _say(f"cortex cache: {error}")
+        _say(f"cortex cache: {_printable(str(error))}")
         return EXIT_USAGE
-    except BrokenPipeError:  # the reader has gone, `cortex cache list x | head` say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
     except (CacheError, OSError) as error:
-        _say(f"cortex cache: {error}")
+        if isinstance(error, OSError):  # stdout: a full disk, or a reader that has gone (`... | head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries once more
+        if not isinstance(error, BrokenPipeError):
+            _say(f"cortex cache: {_printable(str(error))}")
         return EXIT_FAILED
 
 

@@ -1,0 +1,3459 @@
+"""Tests of kv_cache_manager, in the order of the module's layers. Nothing is left in /dev/shm, pass or fail."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import kv_cache_manager as kv
+from kv_cache_manager import (
+    BITMAP_SIZE,
+    BLOCK_SIZE,
+    HEADER_SIZE,
+    BitmapAllocator,
+    CacheEntry,
+    CacheError,
+    CachePoolConfig,
+    CacheStore,
+    EvictionManager,
+    EvictionPolicy,
+    KVCacheCLI,
+    KVCachePool,
+    format_size,
+    main,
+    parse_size,
+)
+
+KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
+OVERHEAD = HEADER_SIZE + BITMAP_SIZE
+MODULE = str(Path(kv.__file__).resolve())
+ALL_POLICIES = list(EvictionPolicy)
+
+
+def segments_of(directory: Path) -> list[str]:
+    """Paths of the segments in /dev/shm that belong to stores below `directory`."""
+    found = []
+    for name in os.listdir("/dev/shm"):
+        if name.startswith("cortex-kv-"):
+            with contextlib.suppress(OSError):
+                path = os.path.join("/dev/shm", name)
+                with open(path, "rb") as file:
+                    if os.fsencode(directory) in file.read(HEADER_SIZE):
+                        found.append(path)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def store_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A store of its own for every test, and a check that no segment is left behind."""
+    path = tmp_path / "store"
+    monkeypatch.setenv("CORTEX_CACHE_DIR", str(path))
+    yield str(path)
+    for pool in list(kv._open_pools):
+        pool.close()
+    for name in CacheStore(path).list():  # durable pools of the test itself
+        CacheStore(path).delete(name)
+    left = segments_of(tmp_path)
+    for segment in left:
+        os.unlink(segment)
+    assert not left
+
+
+def make_config(name: str = "pool", blocks: int = 16, **changes: Any) -> CachePoolConfig:
+    """A config with exactly so many blocks of data."""
+    block_size = changes.get("block_size", BLOCK_SIZE)
+    return CachePoolConfig(name, OVERHEAD + blocks * block_size, **changes)
+
+
+def make_pool(blocks: int = 16, **changes: Any) -> KVCachePool:
+    return KVCachePool(make_config(blocks=blocks, **changes))
+
+
+def make_entry(key: str, **changes: Any) -> CacheEntry:
+    return CacheEntry(
+        **{"key": key, "prefix_hash": "", "offset": 0, "size": 1, "created_at": 0.0, "last_accessed": 0.0, **changes}
+    )
+
+
+def payload(key: str, size: int) -> bytes:
+    """Bytes that any process can verify from the key alone."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return (digest * (size // len(digest) + 1))[:size]
+
+
+def run_cli(*args: str, stdin: bytes = b"", timeout: float = 60) -> subprocess.CompletedProcess[bytes]:
+    """The shell, in a process of its own."""
+    command = [sys.executable, MODULE, *args]
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=timeout, check=False)
+
+
+def contents(pool: KVCachePool) -> dict[str, bytes | None]:
+    """All values; reading them touches each once, in the order of eviction."""
+    return {key: pool.get(key) for key in list(pool)}
+
+
+# ======================================================================================================================
+# Sizes, data types, allocator, eviction
+# ======================================================================================================================
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        ("size_bytes", "texts"),
+        [
+            (0, ["0", "0G", "0.0001 K"]),  # rounded down to whole bytes
+            (512, ["512", "512B", ".5K"]),
+            (1024, ["1024", "1K", "1k", "1kb", "1 KiB", "  1.0K\n"]),
+            (64 * MiB, ["64MiB", "64 mib", "65536K"]),
+            (3 * GiB // 2, ["1.5g", "1536M"]),
+            (16 * GiB, ["16G", "16.GB"]),
+            (2 << 50, ["2P", "2048T"]),
+            (2**53 + 1, ["9007199254740993"]),  # no float in between
+        ],
+    )
+    def test_sizes_are_read_exactly_in_powers_of_1024(self, size_bytes, texts):
+        assert {text: parse_size(text) for text in texts} == dict.fromkeys(texts, size_bytes)
+
+    REFUSED = ("", "G", "-1", "-1G", "+1", "1e9", "1,5G", "1_000", "0x10", "1 0K", "16X", "16GG", "nan", "inf", "1.2.3")
+    ODD = (".", "٣", "1\u212a", "1G\u0131b", "9" * 5000, None, 1024, 1.5, b"1K")
+
+    @pytest.mark.parametrize("text", [*REFUSED, *ODD], ids=lambda text: ascii(text)[:20])
+    def test_what_is_no_size_is_refused_and_named(self, text):
+        with pytest.raises(ValueError, match=r"^size ") as caught:
+            parse_size(text)
+        assert isinstance(caught.value, CacheError)
+        assert repr(text)[:20] in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("size_bytes", "text"),
+        [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1023.99, "1.0 KB"),  # an average, say
+            (1024, "1.0 KB"),
+            (1536, "1.5 KB"),
+            (1023 * KiB, "1023.0 KB"),
+            (round(1023.94 * KiB), "1023.9 KB"),
+            (round(1023.99 * KiB), "1.0 MB"),  # and not "1024.0 KB"
+            (GiB - 1, "1.0 GB"),
+            (16 * GiB, "16.0 GB"),
+            (5000 << 50, "5000.0 PB"),
+            (-2 * KiB, "-2.0 KB"),
+        ],
+    )
+    def test_sizes_are_shown_with_one_decimal(self, size_bytes, text):
+        assert format_size(size_bytes) == text
+
+
+class TestDataTypes:
+    @pytest.mark.parametrize(
+        "value",
+        [
+            make_entry("k", prefix_hash="p", access_count=3, priority=-1, layer_index=7, dtype="BF16", shape=(2, 16)),
+            make_entry("ключ"),
+            CachePoolConfig("p", 16 * GiB, "nvme", "lfu", 5, "/tmp/x", "2024-01-01T00:00:00+00:00", 8192),
+            make_config(),
+        ],
+    )
+    def test_dicts_survive_json_and_unknown_keys_are_ignored(self, value):
+        data = json.loads(json.dumps(value.to_dict()))
+        assert type(value).from_dict({**data, "from_the_future": 1}) == value
+
+    def test_an_entry_has_the_defaults_of_the_seeds(self):
+        entry = CacheEntry("k", "p", 4096, 10, 1.0, 2.0)
+        assert (entry.access_count, entry.priority, entry.sequence_length, entry.layer_index) == (0, 0, 0, 0)
+
+    def test_a_config_has_defaults_and_is_stamped_in_utc(self):
+        config = CachePoolConfig("p", 1)
+        assert (config.tier, config.eviction_policy, config.max_entries) == ("cpu", "lru", 10000)
+        assert (config.persist_path, config.block_size) == (None, 4096)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00", config.created_at)
+
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            ("name", ["", "a/b", "a\0", "-a", "é", "x" * 101, None]),
+            ("size_bytes", [-1, 16 * KiB - 1, 1e9, "16G", True, (1 << 46) + 1]),
+            ("tier", ["disk", "gpu"]),
+            ("eviction_policy", ["mru"]),
+            ("max_entries", [0, -1, 2.0]),
+            ("block_size", [0, 1000, 2 << 30]),
+        ],
+    )
+    def test_a_config_is_plain_data_and_only_making_the_pool_refuses_it(self, name, values, store_dir):
+        for value in values:
+            config = CachePoolConfig(**{**make_config().to_dict(), name: value})  # no error
+            with pytest.raises(CacheError) as caught:
+                KVCachePool(config)
+            assert repr(value).strip("'")[:60] in str(caught.value)
+        assert CacheStore(store_dir).list() == []
+
+    @pytest.mark.parametrize("name", ["a", "A_b-c.d", "0", "x" * 100])
+    def test_names_of_letters_digits_and_some_signs_are_fine(self, name):
+        with KVCachePool(make_config(name)) as pool:
+            assert pool.get_stats()["name"] == name
+
+    @pytest.mark.parametrize("key", ["k", "x" * 250, "é" * 125, "😀" * 62 + "ab", "\0", "a\nb"])
+    def test_keys_of_1_to_250_bytes_are_stored(self, key):
+        with make_pool() as pool:
+            assert pool.put(key, b"value")
+            assert pool.get(key) == b"value"
+            assert list(pool) == [key]
+
+    @pytest.mark.parametrize("key", ["", "x" * 251, "é" * 126, "\ud800", None, 1, b"k", ("k",)], ids=ascii)
+    def test_other_keys_are_refused_and_change_nothing(self, key):
+        with make_pool() as pool:
+            for call in (lambda: pool.put(key, b"v"), lambda: pool.allocate(key, 1), lambda: pool.get(key)):
+                with pytest.raises(ValueError, match=r"^key .*(limit is|must be a str of) 1 to 250|surrogates"):
+                    call()
+            assert (len(pool), pool.get_stats()["puts"], pool.check()) == (0, 0, [])
+
+    def test_a_subclass_of_str_is_stored_as_the_text_it_holds(self):
+        class Text(str):
+            __slots__ = ()
+
+            def encode(self, *args: object) -> bytes:  # type: ignore[override]
+                return b"something else"
+
+        with make_pool() as pool:
+            pool.put(Text("k"), b"v")
+            assert list(pool) == ["k"]
+
+    def test_metadata_up_to_its_limits_is_kept(self):
+        low = {"prefix_hash": "p" * 327, "priority": -(1 << 63), "sequence_length": 0, "layer_index": -(1 << 63)}
+        high = dict.fromkeys(("priority", "sequence_length", "layer_index"), (1 << 63) - 1)
+        with make_pool() as pool:
+            for meta in (low, {**high, "prefix_hash": "é" * 163}):
+                assert pool.put("k", b"v", **meta)
+                assert pool.entries["k"].to_dict().items() >= meta.items()
+
+    @pytest.mark.parametrize("value", ["p" * 328, "\udcff", 5, None], ids=lambda value: ascii(value)[:20])
+    def test_other_prefix_hashes_are_refused_and_change_nothing(self, value):
+        self.refuses("328" if value == "p" * 328 else repr(value), prefix_hash=value)
+
+    @pytest.mark.parametrize("name", ["priority", "sequence_length", "layer_index"])
+    @pytest.mark.parametrize("value", [1 << 63, -(1 << 63) - 1, 1.5, True, None, "7"])
+    def test_other_numbers_are_refused_and_change_nothing(self, name, value):
+        self.refuses(f"{name} {value!r}", **{name: value})
+
+    def refuses(self, named: str, **meta: Any) -> None:
+        with make_pool() as pool:
+            pool.put("k", b"old", priority=3)
+            with pytest.raises(ValueError, match=re.escape(named)) as caught:
+                pool.put("k", b"new", **meta)
+            assert isinstance(caught.value, CacheError)
+            assert (pool.get("k"), pool.entries["k"].priority, pool.check()) == (b"old", 3, [])
+
+    def test_dtype_and_shape_are_kept_as_one_description(self):
+        assert kv.EntryMeta.of(b"k", 4096, dtype="BF16", shape=(2, 16, 64)).tensor == b"BF16 2 16 64"
+        assert kv.EntryMeta.of(b"k", 4, dtype="F32").tensor == b"F32"  # a scalar
+        assert kv.EntryMeta.of(b"k", 4) == kv.NO_META
+
+    @pytest.mark.parametrize(
+        ("dtype", "shape"), [("BF16", (2, 3)), ("BF16", (-2, -1)), ("B F", (2,)), ("", (4,)), (5, ()), ("F32", "x")]
+    )
+    def test_a_tensor_that_the_value_is_not_is_refused(self, dtype, shape):
+        with pytest.raises(CacheError):
+            kv.EntryMeta.of(b"k", 4, dtype=dtype, shape=shape)
+
+    @pytest.mark.parametrize(
+        ("size_bytes", "bitmap_bytes"),
+        [
+            (16 * KiB, 4 * KiB),
+            (128 * MiB, 4 * KiB),
+            (128 * MiB + OVERHEAD, 4 * KiB),
+            (128 * MiB + OVERHEAD + 8 * KiB, 8 * KiB),
+            (16 * GiB, 512 * KiB),
+        ],
+    )
+    def test_the_bitmap_takes_a_bit_a_block(self, size_bytes, bitmap_bytes):
+        geometry = kv.Geometry.of(CachePoolConfig("p", size_bytes))
+        assert geometry.data_offset - HEADER_SIZE == bitmap_bytes
+        assert geometry.num_blocks <= 8 * bitmap_bytes
+
+    def test_16_kib_is_the_smallest_pool_and_has_two_blocks(self):
+        assert kv.Geometry.of(CachePoolConfig("p", 16 * KiB)).num_blocks == 2
+        with pytest.raises(CacheError, match=r"16383.*16384"):
+            kv.Geometry.of(CachePoolConfig("p", 16 * KiB - 1))
+
+    @given(
+        st.integers(16 * KiB, 1 << 40),
+        st.integers(1, 1 << 20),
+        st.sampled_from([512, 4096, 12288, 2 * MiB]),
+    )
+    def test_size_counts_header_bitmap_and_data_and_the_index_comes_on_top(self, size_bytes, max_entries, block_size):
+        size_bytes += OVERHEAD + 2 * block_size
+        config = CachePoolConfig("p", size_bytes, max_entries=max_entries, block_size=block_size)
+        geometry = kv.Geometry.of(config)
+        assert 0 <= size_bytes - geometry.index_offset < block_size + BITMAP_SIZE + (size_bytes >> 20)
+        assert geometry.data_offset % BITMAP_SIZE == 0
+        num_slots = min(max_entries, geometry.num_blocks)
+        assert geometry.total_bytes - geometry.index_offset <= 512 * num_slots + 16 * KiB
+
+
+def as_text(bits: list[bool]) -> str:
+    """One character a block: x in use, . free."""
+    return "".join("x" if bit else "." for bit in bits)
+
+
+def first_fit(bits: list[bool], num_blocks: int) -> int | None:
+    """Where the lowest free run starts, by plain search."""
+    start = as_text(bits).find("." * num_blocks)
+    return start if start >= 0 else None
+
+
+def longest_run(bits: list[bool]) -> int:
+    return max(map(len, as_text(bits).split("x")))
+
+
+def allocator_of(bits: list[bool]) -> BitmapAllocator:
+    allocator = BitmapAllocator(len(bits))
+    number = sum(1 << i for i, bit in enumerate(bits) if bit)
+    allocator.from_bytes(number.to_bytes(-(-len(bits) // 8), "little"))
+    return allocator
+
+
+class TestBitmapAllocator:
+    def test_runs_are_given_out_from_the_left(self):
+        allocator = BitmapAllocator(1000)
+        assert [allocator.allocate(n) for n in (1, 7, 8, 100, 20)] == [0, 1, 8, 16, 116]
+        assert allocator.get_usage() == (136, 1000)
+
+    @pytest.mark.parametrize("num_blocks", [1, 2, 7, 8, 9, 14, 15, 16, 17, 22, 30, 64, 4096, 9000])
+    @pytest.mark.parametrize("start", [0, 1, 7, 8, 9, 4090, 4096, 8191])
+    def test_the_only_gap_is_found_wherever_it_lies(self, num_blocks, start):
+        total = start + num_blocks + 11
+        allocator = BitmapAllocator(total)
+        assert allocator.allocate(total) == 0
+        allocator.free(start, num_blocks)
+        assert allocator.largest_free_run() == num_blocks
+        assert allocator.allocate(num_blocks + 1) is None
+        assert allocator.allocate(num_blocks) == start
+        assert allocator.get_usage() == (total, total)
+        assert allocator.allocate(1) is None
+
+    @pytest.mark.parametrize("num_blocks", [1, 3, 14, 15, 16, 23, 40])
+    def test_the_lowest_gap_that_is_long_enough_wins(self, num_blocks):
+        allocator = BitmapAllocator(9000)
+        allocator.allocate(9000)
+        if num_blocks > 1:
+            allocator.free(3, num_blocks - 1)  # too short
+        starts = [101, 203, 4096 - num_blocks // 2, 8192 - num_blocks // 2]  # the last two across window borders
+        for start in starts:
+            allocator.free(start, num_blocks)
+        assert [allocator.allocate(num_blocks) for _ in range(5)] == [*starts, None]
+
+    def test_a_full_bitmap_gives_nothing_until_something_is_freed(self):
+        allocator = BitmapAllocator(20)
+        assert allocator.allocate(21) is None
+        assert allocator.allocate(20) == 0
+        assert (allocator.allocate(1), allocator.largest_free_run()) == (None, 0)
+        allocator.free(5, 3)
+        assert (allocator.allocate(4), allocator.allocate(2), allocator.allocate(1)) == (None, 5, 7)
+
+    def test_a_part_of_a_run_can_be_freed(self):
+        allocator = BitmapAllocator(64)
+        allocator.allocate(64)
+        allocator.free(10, 30)
+        assert allocator.allocate(30) == 10
+
+    @pytest.mark.parametrize(
+        ("start", "num_blocks"),
+        [
+            (20, 1),
+            (0, 21),
+            (19, 2),
+            (-1, 1),
+            (0, 0),
+            (0, -1),
+            (0, True),
+            (False, 1),
+            (0, 1.0),
+            (None, 1),
+            (0, 65),
+            (0, 1 << 70),
+        ],
+    )
+    def test_freeing_what_is_not_in_use_or_outside_changes_nothing(self, start, num_blocks):
+        allocator = BitmapAllocator(64)
+        allocator.allocate(20)
+        before = allocator.to_bytes()
+        with pytest.raises(CacheError):
+            allocator.free(start, num_blocks)
+        assert (allocator.to_bytes(), allocator.get_usage()) == (before, (20, 64))
+
+    def test_a_double_free_is_named(self):
+        allocator = BitmapAllocator(64)
+        allocator.allocate(40)
+        allocator.free(8, 16)
+        with pytest.raises(ValueError, match=r"23 to 24 .*double free"):
+            allocator.free(23, 2)
+
+    @pytest.mark.parametrize("num_blocks", [0, -1, True, 1.0, "1", None])
+    def test_counts_that_are_none_are_refused(self, num_blocks):
+        allocator = BitmapAllocator(64)
+        with pytest.raises(ValueError, match=re.escape(repr(num_blocks))):
+            allocator.allocate(num_blocks)
+        with pytest.raises(ValueError, match=re.escape(repr(num_blocks))):
+            BitmapAllocator(num_blocks)
+        assert allocator.get_usage() == (0, 64)
+
+    def test_integers_of_numpy_count_as_integers(self):
+        numpy = pytest.importorskip("numpy")
+        allocator = BitmapAllocator(numpy.int64(200))
+        assert allocator.allocate(numpy.int64(100)) == 0
+        assert allocator.allocate(numpy.uint8(3)) == 100
+        allocator.free(numpy.int64(0), numpy.int64(100))
+        assert (allocator.get_usage(), allocator.largest_free_run()) == ((3, 200), 100)
+
+    @given(st.lists(st.booleans(), min_size=1, max_size=300))
+    def test_any_bitmap_survives_its_bytes_and_knows_its_runs(self, bits):
+        allocator = allocator_of(bits)
+        copy = BitmapAllocator(len(bits))
+        copy.from_bytes(allocator.to_bytes())
+        assert copy.to_bytes() == allocator.to_bytes()
+        assert copy.get_usage() == (sum(bits), len(bits))
+        assert copy.largest_free_run() == longest_run(bits)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_large_bitmaps_are_searched_as_a_plain_search_would(self, seed):
+        chance = random.Random(seed)
+        bits: list[bool] = []
+        while len(bits) < 20_000:
+            bits += [True] * chance.choice([1, 3, 8, 2000]) + [False] * chance.choice([1, 2, 13, 16, 30, 100])
+        for num_blocks in [*range(1, 32), 99, 100, 101]:
+            assert allocator_of(bits).allocate(num_blocks) == first_fit(bits, num_blocks)
+        assert allocator_of(bits).largest_free_run() == longest_run(bits)
+
+    @pytest.mark.parametrize("data", [b"", b"\0", b"\0\0\0", b"\0\x04", b"\0\x80"])
+    def test_bytes_of_another_size_are_refused(self, data):
+        allocator = BitmapAllocator(10)
+        allocator.allocate(3)
+        with pytest.raises(CacheError):
+            allocator.from_bytes(data)
+        assert (allocator.to_bytes(), allocator.get_usage()) == (b"\x07\0", (3, 10))
+
+    def test_a_restored_bitmap_can_be_searched_at_once(self):
+        allocator = BitmapAllocator(64)
+        assert (allocator.allocate(64), allocator.allocate(5)) == (0, None)
+        allocator.from_bytes(bytes(8))
+        assert allocator.allocate(64) == 0
+
+    def test_threads_never_get_the_same_block(self):
+        allocator = BitmapAllocator(300)
+        owners: list[int | None] = [None] * 300
+        wrong: list[str] = []
+
+        def work(me: int) -> None:
+            chance = random.Random(me)
+            for _ in range(300):
+                num_blocks = chance.randint(1, 40)
+                start = allocator.allocate(num_blocks)
+                if start is None:
+                    continue
+                run = range(start, start + num_blocks)
+                if any(owners[block] is not None for block in run):
+                    wrong.append(f"{start}+{num_blocks} given twice")
+                for block in run:
+                    owners[block] = me
+                for block in run:
+                    if owners[block] != me:
+                        wrong.append(f"{block} taken over")
+                    owners[block] = None
+                allocator.free(start, num_blocks)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        assert wrong == []
+        assert (allocator.get_usage(), allocator.to_bytes()) == ((0, 300), bytes(38))
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    """The allocator against a list of bools: each run is where a plain first fit puts it."""
+
+    @initialize(num_blocks=st.sampled_from([1, 8, 13, 64, 100, 4096, 4100, 9000]))
+    def make(self, num_blocks: int) -> None:
+        self.allocator = BitmapAllocator(num_blocks)
+        self.bits = [False] * num_blocks
+
+    @rule(num_blocks=st.integers(1, 40) | st.integers(1, 9001))
+    def allocate(self, num_blocks: int) -> None:
+        start = self.allocator.allocate(num_blocks)
+        assert start == first_fit(self.bits, num_blocks)
+        if start is not None:
+            self.bits[start : start + num_blocks] = [True] * num_blocks
+
+    @precondition(lambda self: any(self.bits))
+    @rule(data=st.data())
+    def free_part_of_a_run(self, data: st.DataObject) -> None:
+        runs = [match.span() for match in re.finditer("x+", as_text(self.bits))]
+        low, high = data.draw(st.sampled_from(runs))
+        start = data.draw(st.integers(low, high - 1))
+        num_blocks = data.draw(st.integers(1, high - start))
+        self.allocator.free(start, num_blocks)
+        self.bits[start : start + num_blocks] = [False] * num_blocks
+
+    @rule(data=st.data())
+    def free_anything(self, data: st.DataObject) -> None:
+        start = data.draw(st.integers(0, len(self.bits) - 1))
+        num_blocks = data.draw(st.integers(1, min(20, len(self.bits) - start)))
+        if all(self.bits[start : start + num_blocks]):
+            self.allocator.free(start, num_blocks)
+            self.bits[start : start + num_blocks] = [False] * num_blocks
+        else:
+            with pytest.raises(CacheError, match="double free"):
+                self.allocator.free(start, num_blocks)
+
+    @rule()
+    def through_bytes(self) -> None:
+        self.allocator.from_bytes(self.allocator.to_bytes())
+
+    @invariant()
+    def usage_agrees(self) -> None:
+        assert self.allocator.get_usage() == (sum(self.bits), len(self.bits))
+
+    @invariant()
+    def longest_run_agrees(self) -> None:
+        assert self.allocator.largest_free_run() == longest_run(self.bits)
+
+
+TestBitmapAllocatorAgainstModel = AllocatorMachine.TestCase
+TestBitmapAllocatorAgainstModel.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+
+
+class EvictionModel:
+    """The order of a policy the naive way: numbers in a dict, sorted when asked."""
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self.policy = policy
+        self.clock = 0
+        self.numbers: dict[str, tuple[int, int, int]] = {}  # key -> sequence, count, priority
+
+    def add(self, key: str, count: int, priority: int) -> None:
+        self.clock += 1
+        self.numbers.pop(key, None)
+        self.numbers[key] = self.clock, count, priority
+
+    def access(self, key: str) -> None:
+        if key in self.numbers:
+            self.clock += 1
+            sequence, count, priority = self.numbers[key]
+            self.numbers[key] = sequence if self.policy is EvictionPolicy.FIFO else self.clock, count + 1, priority
+
+    def remove(self, key: str) -> None:
+        self.numbers.pop(key, None)
+
+    def order(self) -> list[str]:
+        column = {EvictionPolicy.LFU: 1, EvictionPolicy.PRIORITY: 2}.get(self.policy, 0)
+        return sorted(self.numbers, key=lambda key: (self.numbers[key][column], self.numbers[key][0]))
+
+
+@pytest.mark.parametrize("policy", ALL_POLICIES)
+class TestEvictionManager:
+    """One contract for every policy."""
+
+    def manager(self, policy: EvictionPolicy, *entries: CacheEntry) -> EvictionManager:
+        manager = EvictionManager(policy)
+        for entry in entries:
+            manager.add(entry)
+        return manager
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_victims_come_in_the_order_of_a_plain_sort(self, policy, seed):
+        chance = random.Random(seed)
+        manager, model = EvictionManager(policy), EvictionModel(policy)
+        for step in range(1500):  # up to 150 keys: the private buffer of 64 has to grow
+            key = f"k{chance.randrange(150)}"
+            action = chance.choice(["add", "add", "access", "access", "access", "remove"])
+            if action == "add":
+                count, priority = chance.choice([0, 0, 0, 5]), chance.randint(-3, 3)
+                manager.add(make_entry(key, access_count=count, priority=priority))
+                model.add(key, count, priority)
+            else:
+                getattr(manager, action)(key)
+                getattr(model, action)(key)
+            if step % 10 == 0:
+                assert manager.get_eviction_candidates(1000) == model.order()
+        assert len(model.order()) > 64
+        assert manager.get_eviction_candidates(1000) == model.order()
+
+    def test_the_first_victim_is_the_one_the_policy_names(self, policy):
+        first, second, third = (make_entry(key, priority=p) for key, p in (("a", 1), ("b", -1), ("c", 0)))
+        manager = self.manager(policy, first, second, third)
+        for key in ("a", "a", "b", "c"):
+            manager.access(key)
+        expected = {
+            EvictionPolicy.LRU: ["a", "b", "c"],
+            EvictionPolicy.LFU: ["b", "c", "a"],
+            EvictionPolicy.FIFO: ["a", "b", "c"],
+            EvictionPolicy.PRIORITY: ["b", "c", "a"],
+        }
+        assert manager.get_eviction_candidates(3) == expected[policy]
+
+    def test_ties_fall_to_the_least_recently_used(self, policy):
+        manager = self.manager(policy, *(make_entry(key) for key in "abc"))
+        for key in "bac":
+            manager.access(key)
+        expected = ["a", "b", "c"] if policy is EvictionPolicy.FIFO else ["b", "a", "c"]
+        assert manager.get_eviction_candidates(3) == expected
+
+    @pytest.mark.parametrize(("count", "expected"), [(0, ""), (1, "a"), (2, "ab"), (3, "abc"), (99, "abc")])
+    def test_no_more_candidates_than_asked_for(self, policy, count, expected):
+        manager = self.manager(policy, *(make_entry(key) for key in "abc"))
+        assert manager.get_eviction_candidates(count) == list(expected)
+        assert manager.get_eviction_candidates(count) == list(expected)  # asking changes nothing
+
+    @pytest.mark.parametrize("count", [-1, True, 1.0, None])
+    def test_other_counts_are_refused(self, policy, count):
+        with pytest.raises(ValueError, match=re.escape(repr(count))):
+            self.manager(policy).get_eviction_candidates(count)
+
+    def test_unknown_keys_are_ignored(self, policy):
+        manager = self.manager(policy, make_entry("a"))
+        manager.access("nobody")
+        manager.remove("nobody")
+        manager.remove("a")
+        manager.remove("a")
+        manager.access("a")
+        assert (manager.get_eviction_candidates(5), manager.get_all_entries()) == ([], [])
+
+    def test_an_entry_of_the_same_key_is_replaced(self, policy):
+        new = make_entry("a", size=2)
+        manager = self.manager(policy, make_entry("a"), make_entry("b"), new)
+        assert manager.get_eviction_candidates(5) == ["b", "a"]
+        assert [entry.size for entry in manager.get_all_entries()] == [1, 2]
+
+    def test_an_access_shows_in_the_entry(self, policy):
+        manager = self.manager(policy, make_entry("a"), make_entry("b"))
+        manager.access("a")
+        a, b = manager.get_all_entries()
+        assert (a.access_count, b.access_count) == (1, 0)
+        assert a.last_accessed > b.last_accessed == 0
+
+    @pytest.mark.parametrize("numbers", [{"priority": 1 << 63}, {"access_count": 1 << 63}, {"priority": 1.5}])
+    def test_an_entry_whose_numbers_do_not_fit_changes_nothing(self, policy, numbers):
+        manager = self.manager(policy, make_entry("a"), make_entry("b"))
+        with pytest.raises(CacheError):
+            manager.add(make_entry("a", **numbers))
+        assert manager.get_eviction_candidates(5) == ["a", "b"]
+        assert [entry.key for entry in manager.get_all_entries()] == ["a", "b"]
+
+    def test_a_rebuild_from_the_numbers_gives_the_same_order(self, policy):
+        chance = random.Random(1)
+        manager = self.manager(policy, *(make_entry(f"k{i}", priority=chance.randint(-2, 2)) for i in range(200)))
+        for _ in range(500):
+            manager.access(f"k{chance.randrange(200)}")
+        for i in range(50):
+            manager.remove(f"k{i}")
+        order = manager.get_eviction_candidates(200)
+        slots = list(manager._slot_of.values())
+        chance.shuffle(slots)
+        assert manager.check_locked(slots) == []
+        assert manager.check_locked(slots[1:]) != []
+        manager.rebuild_locked(slots)
+        assert manager.get_eviction_candidates(200) == order
+        assert len(order) == 150
+        manager.add(make_entry("last", access_count=1 << 40, priority=1 << 40))
+        assert manager.get_eviction_candidates(200) == [*order, "last"]
+
+
+# ======================================================================================================================
+# Segment and snapshot
+# ======================================================================================================================
+
+
+def script(*lines: str) -> list[str]:
+    """The command that runs these lines in a Python process with the module at hand."""
+    head = (
+        "import json, os, signal, sys, threading",
+        "import kv_cache_manager as kv",
+        "from kv_cache_manager import CacheError, CachePoolConfig, CacheStore, KVCachePool",
+        "say = lambda text='ready': print(text, flush=True)",
+        "wait = sys.stdin.readline",
+    )
+    return [sys.executable, "-c", "\n".join((*head, *lines))]
+
+
+@contextlib.contextmanager
+def worker(*lines: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs these lines and talks over pipes (`say`, `wait`); killed if still there at the end."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(script(*lines), cwd=Path(MODULE).parent, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def hear(process: subprocess.Popen[str]) -> str:
+    """The next line that a worker says."""
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def tell(process: subprocess.Popen[str]) -> None:
+    """Let a worker go on that waits."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def open_config(**changes: Any) -> str:
+    """Source text of `make_config(**changes)`, for workers."""
+    return repr(make_config(**changes))
+
+
+class TestSegment:
+    def store_pool(self, **changes: Any) -> str:
+        """Make a durable pool with one entry; returns the path of its segment."""
+        with CacheStore().create(make_config(**changes)) as pool:
+            pool.put("key", b"value")
+            return pool._path
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_segment_is_private_and_named_after_the_pool(self, tier: str, store_dir: str) -> None:
+        old = os.umask(0)
+        try:
+            path = self.store_pool(tier=tier)
+        finally:
+            os.umask(old)
+        assert os.path.dirname(path) == ("/dev/shm" if tier == "cpu" else store_dir)
+        assert re.fullmatch(r"cortex-kv-.*-pool", os.path.basename(path))
+        assert os.stat(path).st_mode & 0o777 == 0o600
+        assert os.stat(store_dir).st_mode & 0o777 == 0o700
+
+    def test_shared_memory_of_the_standard_library_can_attach(self) -> None:
+        from multiprocessing import resource_tracker, shared_memory
+
+        memory = shared_memory.SharedMemory(os.path.basename(self.store_pool()))
+        try:
+            assert bytes(memory.buf[:8]) == kv.CACHE_MAGIC
+        finally:
+            resource_tracker.unregister(f"/{memory.name}", "shared_memory")  # it registers what it attaches to
+            memory.close()
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_every_flip_in_the_header_is_found_and_changes_nothing(self, tier: str) -> None:
+        path = self.store_pool(tier=tier)
+        sound = Path(path).read_bytes()
+        end_of_json = sound.index(b"\0", kv.HEADER_JSON_AT)
+        with open(path, "r+b", buffering=0) as file:
+            for at in (*range(kv.HEADER.size), *range(kv.HEADER_JSON_AT, end_of_json)):
+                for flip in (0x01, 0x20, 0xFF):
+                    os.pwrite(file.fileno(), bytes([sound[at] ^ flip]), at)
+                    with pytest.raises(kv.CorruptionError, match=re.escape(path)):
+                        CacheStore().get("pool")
+                os.pwrite(file.fileno(), sound[at : at + 1], at)
+        assert Path(path).read_bytes() == sound
+        with KVCachePool.attach("pool") as pool:
+            assert pool.get("key") == b"value"
+
+    @pytest.mark.parametrize(
+        ("at", "data", "match"),
+        [(0, b"NOTAPOOL", "NOTAPOOL"), (8, struct.pack("<I", 77), "version 77"), (1024, b"[", "checksum")],
+    )
+    def test_what_is_not_a_pool_is_refused_but_can_be_listed_and_deleted(
+        self, at: int, data: bytes, match: str
+    ) -> None:
+        path = self.store_pool()
+        with open(path, "r+b") as file:
+            file.seek(at)
+            file.write(data)
+        before = Path(path).read_bytes()
+        for opening in (lambda: KVCachePool(make_config()), lambda: CacheStore().create(make_config())):
+            with pytest.raises(kv.CorruptionError, match=match):
+                opening()
+        assert Path(path).read_bytes() == before
+        assert CacheStore().list() == ["pool"]
+        assert CacheStore().delete("pool")
+        assert not os.path.exists(path)
+
+    @pytest.mark.parametrize("length", [1, 51, 52, 1030, 4096, -1, 4096 + (1 << 20)])
+    def test_a_file_of_the_wrong_length_is_refused(self, length: int) -> None:
+        path = self.store_pool(tier="nvme")
+        os.truncate(path, length if length >= 0 else os.stat(path).st_size + length)
+        with pytest.raises(kv.CorruptionError, match=re.escape(path)):
+            KVCachePool(make_config(tier="nvme"))
+        assert CacheStore().delete("pool")
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    @pytest.mark.parametrize("length", [0, 1 << 16])
+    def test_a_creation_that_was_killed_is_replaced(self, tier: str, length: int) -> None:
+        path = self.store_pool(tier=tier)
+        Path(path).write_bytes(bytes(length))
+        assert CacheStore().list() == []
+        Path(path).write_bytes(bytes(length))
+        with make_pool(tier=tier) as pool:
+            assert (len(pool), pool.put("key", b"new"), pool.check()) == (0, True, [])
+
+    @pytest.mark.parametrize(
+        ("tier", "places"), [("cpu", ["/dev/shm", "--shm-size"]), ("nvme", ["store", "free some"])]
+    )
+    def test_no_space_names_the_place_and_leaves_nothing(
+        self, tier: str, places: list[str], store_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", fail)
+            with pytest.raises(kv.StorageError) as failure:
+                make_pool(tier=tier)
+        assert all(place in str(failure.value) for place in places)
+        assert (segments_of(tmp_path), os.listdir(store_dir)) == ([], [])
+        make_pool(tier=tier).close()
+
+    @pytest.mark.parametrize("below", ["", "sub"])
+    def test_a_file_in_the_way_of_the_store_directory(self, tmp_path: Path, below: str) -> None:
+        (tmp_path / "file").touch()
+        store = CacheStore(tmp_path / "file" / below)
+        with pytest.raises(kv.StorageError, match=re.escape(store.store_path)):
+            store.create(make_config())
+        assert (store.get("pool"), store.delete("pool"), store.list()) == (None, False, [])
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_processes_that_exit_take_no_pool_with_them_and_are_silent(self, tier: str) -> None:
+        path = self.store_pool(tier=tier)
+        with make_pool(name="transient", tier=tier) as transient:
+            lines = (
+                "from multiprocessing import shared_memory",
+                "own = shared_memory.SharedMemory(create=True, size=1)",  # starts the resource tracker
+                "pools = [KVCachePool.attach(name) for name in ('pool', 'transient')]",
+                f"pools.append(CacheStore().create({open_config(name='made', tier=tier)}))",
+                "own.close(); own.unlink()",
+            )
+            done = subprocess.run(script(*lines), cwd=Path(MODULE).parent, capture_output=True, check=False)
+            assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+            assert os.path.exists(path)
+            assert os.path.exists(transient._path)
+            assert CacheStore().list() == ["made", "pool", "transient"]
+
+    def test_one_handle_too_many_is_one_clear_error(self) -> None:
+        with contextlib.ExitStack() as handles:
+            pool = handles.enter_context(make_pool())
+            for _ in range(kv.MAX_SESSIONS - 1):
+                last = handles.enter_context(KVCachePool.attach("pool"))
+            num_files = len(os.listdir("/proc/self/fd"))
+            with pytest.raises(kv.StorageError, match="128") as refused:
+                KVCachePool.attach("pool")
+            assert len(os.listdir("/proc/self/fd")) == num_files, "the refused handle still has files open"
+            del refused
+            last.close()
+            with KVCachePool.attach("pool") as again:
+                assert again.put("key", b"value")
+            assert pool.get("key") == b"value"
+            assert pool.check() == []
+
+    def test_nvme_pool_is_a_pool_like_any_other(self) -> None:
+        with make_pool(blocks=64, tier="nvme") as pool:
+            values = {f"key {size}": payload(f"key {size}", size) for size in (0, 1, 4096, 100_000)}
+            assert all(pool.put(key, value) for key, value in values.items())
+            with KVCachePool.attach("pool") as other:
+                assert contents(other) == values
+                assert other.delete("key 1")
+            assert pool.get("key 1") is None
+            assert pool.check() == []
+            path = pool._path
+        assert not os.path.exists(path)
+
+    def test_a_pool_of_another_boot_is_rebuilt(self) -> None:
+        path = self.store_pool(tier="nvme")
+        with open(path, "r+b") as file:
+            file.seek(8 * kv.BOOT_ID)
+            word = struct.unpack("<q", file.read(8))[0]
+            file.seek(8 * kv.BOOT_ID)
+            file.write(struct.pack("<q", word ^ 1))
+            file.seek(HEADER_SIZE)
+            file.write(bytes(BITMAP_SIZE))  # never reached the disk
+        with KVCachePool.attach("pool") as pool:
+            assert pool.check() == []
+            assert pool.get("key") == b"value"
+            assert pool.get_stats()["allocated_blocks"] == 1
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "match"),
+        [
+            ({"tier": "gpu"}, kv.UnsupportedError, "gpu.*CUDA"),
+            ({"tier": "tape"}, kv.InvalidArgumentError, "'tape'.*cpu, nvme"),
+            ({"tier": []}, kv.InvalidArgumentError, "tier"),
+            ({"eviction_policy": "random"}, kv.InvalidArgumentError, "'random'.*lru, lfu, fifo, priority"),
+            ({"eviction_policy": []}, kv.InvalidArgumentError, "policy"),
+            ({"block_size": 1000}, kv.InvalidArgumentError, "1000.*512"),
+            ({"max_entries": 0}, kv.InvalidArgumentError, "max_entries 0"),
+            ({"persist_path": "x" * 4000}, kv.InvalidArgumentError, "header"),
+            ({"persist_path": 5}, kv.InvalidArgumentError, "persist_path"),
+        ],
+    )
+    def test_configs_that_cannot_be_had(
+        self, changes: dict[str, Any], error: type[CacheError], match: str, store_dir: str
+    ) -> None:
+        for opening in (KVCachePool, CacheStore().create):
+            with pytest.raises(error, match=match):
+                opening(make_config(**changes))
+        assert not os.path.exists(store_dir)
+
+    @pytest.mark.parametrize("size_bytes", [0, -1, 16 * KiB - 1, "16G", 1.5e6, True, 1 << 60])
+    def test_sizes_that_cannot_be_had(self, size_bytes: Any, store_dir: str) -> None:
+        with pytest.raises(kv.InvalidArgumentError, match="size_bytes"):
+            KVCachePool(CachePoolConfig("pool", size_bytes))
+        assert not os.path.exists(store_dir)
+
+
+def write_safetensors(path: Path, header: Any, body: bytes = b"") -> None:
+    """A safetensors file from a header, as bytes or as what json.dumps takes."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + body)
+
+
+def rewrite_snapshot(path: Path, change: Callable[[Any, Any], Any]) -> None:
+    """Let `change` alter config and entries of a snapshot, as a forger would: all checksums fit. It may return both."""
+    data = path.read_bytes()
+    end = 8 + struct.unpack_from("<Q", data)[0]
+    header = json.loads(data[8:end])
+    metadata = header["__metadata__"]
+    config, entries = json.loads(metadata["cortex_config"]), json.loads(metadata["cortex_entries"])
+    config, entries = change(config, entries) or (config, entries)
+    metadata.update(
+        cortex_config=json.dumps(config), cortex_entries=json.dumps(entries), cortex_header_crc32=kv.NO_CHECKSUM
+    )
+    raw = json.dumps(header).encode()
+    raw = raw.replace(kv.NO_CHECKSUM.encode(), b"%08x" % zlib.crc32(raw), 1)
+    write_safetensors(path, raw, data[end:])
+
+
+def tensor(begin: Any, end: int, shape: Any = None, dtype: Any = "U8") -> dict[str, Any]:
+    """The header of one tensor; its shape follows from the offsets unless given."""
+    shape = [end - int(begin)] if shape is None else shape
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+VALUES = {"first": b"one", "empty": b"", "second": b"2" * 40, "third": bytes(range(9))}
+
+TENSOR = tensor(0, 4)
+HOSTILE_HEADERS: list[Any] = [
+    *[b"", b"[]", b"null", b"1234", b'{"a":', b'{"\xff\xfe":{}}', '{"a":1}'.encode("utf-16")],
+    *[b"[" * 100_000, b'{"a":' * 100_000],  # deep
+    b'{"a":%s,"a":%s}' % ((json.dumps(TENSOR).encode(),) * 2),
+    b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,%s]}}' % (b"9" * 10_000),
+    *[{"__metadata__": metadata, "a": TENSOR} for metadata in ([], None, {"format": "cortex-kv 1", "config": "{}"})],
+    *[{"a": value} for value in (1, [], {}, {"dtype": "U8", "shape": [4]})],
+    *[{"a": {**TENSOR, "data_offsets": pair}} for pair in (None, [], [0], [0, 4, 4], ["0", "4"], [0.0, 4], [False, 4])],
+    *[{"a": {**TENSOR, "data_offsets": pair}} for pair in ([math.nan, 4], [0, math.nan], [0, math.inf], [0, 1 << 80])],
+    *[{"a": tensor(*pair)} for pair in ((-4, 0), (4, 0), (0, 3), (0, 5), (1, 4))],
+    *[{"a": tensor(0, middle), "b": tensor(begin, 4)} for middle, begin in ((3, 2), (1, 2), (4, 0), (4, "0"))],
+    *[{"a": tensor(0, 4, shape)} for shape in ([3], [-2, -2], [4.0], ["4"], "4", {}, [1 << 62] * 9, [1] * 1000 + [4])],
+    *[{"a": tensor(0, 4, [1], dtype)} for dtype in (5, None, [], "no such", "\ud800", "F" * 1000)],
+    *[{name: TENSOR} for name in ("", "n" * 251, "\ud800")],
+]
+FORGED_ENTRIES = [
+    *[(0, value) for value in (None, 5, "", "no hex", [])],  # the checksum
+    *[(1, value) for value in (None, 5, "", "k" * 251, "\ud800", "second")],  # key
+    *[(2, value) for value in (None, 5, "p" * 400, "\ud800")],  # prefix_hash
+    *[(3, value) for value in (None, "x", "12", [], 10**400, math.nan)],  # created_at
+    *[(4, value) for value in (None, "12", {}, -(10**400), math.inf)],  # last_accessed
+    *[(5, value) for value in (None, -1, 1.5, True, "1", 1 << 70)],  # access_count
+    *[(6, value) for value in (None, 1.5, "1", 1 << 63, -(1 << 64))],  # priority
+    *[(7, value) for value in (None, -1, math.nan, 1 << 63)],  # sequence_length
+    *[(8, value) for value in (None, "1", [], 1 << 63)],  # layer_index
+]
+FORGED_CONFIGS = [
+    *[{"name": name} for name in (None, 5, "", "../../x", "n" * 101)],
+    *[{"size_bytes": size} for size in (None, "1G", -1, 0, 1.5e9, 1 << 70, math.nan)],
+    *[{"tier": tier} for tier in (None, 5, "tape", "gpu", [])],
+    *[{"eviction_policy": policy} for policy in (None, 5, "random", {})],
+    *[{"max_entries": number} for number in (None, 0, -1, "1", 1 << 40)],
+    *[{"block_size": size} for size in (None, 0, 511, "4K", 1 << 40)],
+]
+
+
+def short(value: Any) -> str:
+    """For the name of a test."""
+    return ascii(value)[:40]
+
+
+class TestSnapshot:
+    def make_snapshot(self, path: Path, **changes: Any) -> None:
+        """A small snapshot of the pool "pool"; the pool itself is gone."""
+        with make_pool(**changes) as pool:
+            for key, value in VALUES.items():
+                pool.put(key, value, prefix_hash="prefix", sequence_length=3)
+            pool.persist(path)
+
+    def restored(self, path: Path, **changes: Any) -> KVCachePool:
+        pool = KVCachePool.restore(path, **changes)
+        assert pool is not None
+        return pool
+
+    # --- a plain safetensors file ------------------------------------------------------------------------------------
+
+    def test_safetensors_reads_what_we_write(self, tmp_path: Path) -> None:
+        pytest.importorskip("numpy")
+        safetensors = pytest.importorskip("safetensors")
+        values = {**VALUES, "Schlüssel 鍵 🔑": b"k", '"\\\n': b"q", "__metadata__": b"m"}
+        with make_pool() as pool:
+            for key, value in values.items():
+                pool.put(key, value)
+            pool.persist(tmp_path / "file")
+        values["__metadata___"] = values.pop("__metadata__")  # the one name that the format keeps for itself
+        with safetensors.safe_open(tmp_path / "file", framework="np") as file:
+            assert {key: file.get_tensor(key).tobytes() for key in file.keys()} == values  # noqa: SIM118
+            assert {file.get_slice(key).get_dtype() for key in values} == {"U8"}
+            assert json.loads(file.metadata()["cortex_config"])["name"] == "pool"
+
+    def test_we_read_what_safetensors_writes_and_give_it_back(self, tmp_path: Path) -> None:
+        numpy = pytest.importorskip("numpy")
+        safetensors = pytest.importorskip("safetensors.numpy")
+        tensors = {
+            "float": numpy.linspace(0, 1, 12, dtype="float32").reshape(3, 4),
+            "long": numpy.arange(-3, 3, dtype="int64"),
+            "bool": numpy.array([True, False, True]),
+            "empty": numpy.zeros((0, 7), dtype="float16"),
+            "scalar": numpy.array(2.5),
+        }
+        safetensors.save_file(tensors, tmp_path / "model-1.safetensors", metadata={"format": "pt"})
+        with self.restored(tmp_path / "model-1.safetensors") as pool:
+            assert pool.name == "model-1"
+            assert contents(pool) == {key: array.tobytes() for key, array in tensors.items()}
+            shapes = {key: (entry.dtype, entry.shape) for key, entry in pool.entries.items()}
+            assert shapes["float"] == ("F32", (3, 4))
+            assert shapes["empty"] == ("F16", (0, 7))
+            pool.persist(tmp_path / "again")
+        again = safetensors.load_file(tmp_path / "again")
+        assert {key: (a.dtype, a.shape, a.tobytes()) for key, a in again.items()} == {
+            key: (a.dtype, a.shape, a.tobytes()) for key, a in tensors.items()
+        }
+
+    def test_a_file_of_another_program_without_tensors(self, tmp_path: Path) -> None:
+        write_safetensors(tmp_path / "none.safetensors", {"__metadata__": {"format": "pt", "config": "its own"}})
+        with self.restored(tmp_path / "none.safetensors") as pool:
+            assert (pool.name, len(pool)) == ("none", 0)
+
+    @pytest.mark.parametrize(
+        ("dtype", "shape"),
+        [
+            ("U8", (3,)),
+            ("U8", (-2, -2)),
+            ("U8", (2.0, 2.0)),
+            ("U8", None),
+            ("no such", (4,)),
+            ("\ud800", (4,)),
+            (5, (4,)),
+        ],
+    )
+    def test_a_tensor_description_that_does_not_fit_is_refused(self, dtype: Any, shape: Any, tmp_path: Path) -> None:
+        with make_pool() as pool:
+            pool.put("sound", b"value")
+            with pytest.raises(CacheError):
+                pool.put("key", b"4444", dtype=dtype, shape=shape)
+            assert pool.persist(tmp_path / "file")  # which it would have spoilt
+        with self.restored(tmp_path / "file") as pool:
+            assert contents(pool) == {"sound": b"value"}
+
+    # --- round trips -------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("policy", ALL_POLICIES)
+    def test_metadata_and_eviction_order_survive(self, policy: EvictionPolicy, tmp_path: Path) -> None:
+        with make_pool(eviction_policy=policy.value) as pool:
+            for number in range(6):
+                meta = {"priority": -number % 4, "sequence_length": number, "layer_index": 9 - number}
+                pool.put(f"key {number}", b"v", prefix_hash=f"prefix {number % 2}", **meta)
+            for number in (3, 0, 3, 5):
+                pool.get(f"key {number}")
+            before = list(pool.entries.values())
+            pool.persist(tmp_path / "file")
+        with self.restored(tmp_path / "file") as pool:
+            assert pool.config.eviction_policy == policy.value
+            for entry in (*before, *(after := list(pool.entries.values()))):
+                entry.offset = 0
+            assert after == before
+            assert [e.key for e in pool.find_by_prefix("prefix 1")] == [
+                e.key for e in before if e.prefix_hash == "prefix 1"
+            ]
+            assert pool.check() == []
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"size_bytes": OVERHEAD + 99 * BLOCK_SIZE},
+            {"eviction_policy": "lfu"},
+            {"tier": "nvme"},
+            {"block_size": 512},
+            {"max_entries": 4},
+            {"name": "other"},
+        ],
+        ids=lambda changes: next(iter(changes)),
+    )
+    def test_restores_into_a_pool_of_another_shape(self, changes: dict[str, Any], tmp_path: Path) -> None:
+        self.make_snapshot(tmp_path / "file")
+        with self.restored(tmp_path / "file", **changes) as pool:
+            assert contents(pool) == VALUES
+            assert {**pool.config.to_dict(), **changes} == pool.config.to_dict()
+            assert pool.check() == []
+
+    def test_restore_into_a_pool_that_exists_replaces_and_keeps(self, tmp_path: Path) -> None:
+        self.make_snapshot(tmp_path / "file")
+        with make_pool() as pool:
+            pool.put("first", b"older")
+            pool.put("mine", b"stays")
+            with self.restored(tmp_path / "file") as same:
+                assert contents(same) == {**VALUES, "mine": b"stays"}
+            assert len(pool) == 5
+
+    def test_restore_does_not_reshape_a_pool_that_exists(self, tmp_path: Path) -> None:
+        self.make_snapshot(tmp_path / "file")
+        with make_pool() as pool:
+            with pytest.raises(kv.PoolMismatchError, match=r"block_size 4096.*block_size 512"):
+                KVCachePool.restore(tmp_path / "file", block_size=512)
+            assert len(pool) == 0
+
+    @pytest.mark.parametrize(
+        ("policy", "kept"), [("lru", {"c", "a"}), ("lfu", {"b", "a"}), ("fifo", {"b", "c"}), ("priority", {"d", "c"})]
+    )
+    def test_too_small_a_pool_keeps_what_the_policy_values_most(
+        self, policy: str, kept: set[str], tmp_path: Path
+    ) -> None:
+        with make_pool(eviction_policy=policy) as pool:
+            for key, priority in {"a": 0, "d": 9, "b": 1, "c": 5}.items():
+                pool.put(key, key.encode(), priority=priority)
+            for key in ("b", "b", "a", "a", "c", "a"):
+                pool.get(key)
+            if policy == "lru":
+                pool.get("c")
+            pool.persist(tmp_path / "file")
+        with self.restored(tmp_path / "file", size_bytes=OVERHEAD + 2 * BLOCK_SIZE) as pool:
+            assert contents(pool) == {key: key.encode() for key in kept}
+            assert pool.check() == []
+
+    def test_a_value_too_large_for_the_pool_is_left_out(self, tmp_path: Path) -> None:
+        with make_pool() as pool:
+            pool.put("small", b"s")
+            pool.put("large", bytes(9 * BLOCK_SIZE))
+            pool.persist(tmp_path / "file")
+        with self.restored(tmp_path / "file", size_bytes=OVERHEAD + 4 * BLOCK_SIZE) as pool:
+            assert contents(pool) == {"small": b"s"}
+
+    def test_odd_keys_and_empty_values(self, tmp_path: Path) -> None:
+        keys = ["__metadata__", "__metadata___", "Schlüssel 鍵 🔑", "k" * 250, "\0\n\x7f", '"\\', " "]
+        with make_pool() as pool:
+            for key in keys:
+                pool.put(key, b"" if key == " " else key.encode(), prefix_hash="é")
+            pool.persist(tmp_path / "file")
+            before = contents(pool)
+        with self.restored(tmp_path / "file") as pool:
+            assert contents(pool) == before
+            assert len(pool) == len(keys)
+
+    def test_an_empty_pool(self, tmp_path: Path) -> None:
+        with make_pool() as pool:
+            assert pool.persist(tmp_path / "file") is True
+        with self.restored(tmp_path / "file") as pool:
+            assert len(pool) == 0
+
+    def test_no_such_file_is_none(self, tmp_path: Path, store_dir: str) -> None:
+        assert KVCachePool.restore(tmp_path / "none") is None
+        assert CacheStore().restore(tmp_path / "none" / "none") is None
+        assert not os.path.exists(store_dir)
+
+    def test_a_store_restores_for_good_and_a_pool_for_a_while(self, tmp_path: Path) -> None:
+        self.make_snapshot(tmp_path / "file")
+        self.restored(tmp_path / "file").close()
+        assert CacheStore().list() == []
+        durable = CacheStore().restore(tmp_path / "file")
+        assert durable is not None
+        durable.close()
+        assert CacheStore().list() == ["pool"]
+
+    # --- vandalism ---------------------------------------------------------------------------------------------------
+
+    def test_every_truncation_is_found(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        self.make_snapshot(path)
+        with make_pool() as pool:
+            pool.put("first", b"mine")
+            for length in range(path.stat().st_size - 1, -1, -1):
+                os.truncate(path, length)
+                with pytest.raises(kv.CorruptionError, match=re.escape(str(path))):
+                    KVCachePool.restore(path)
+            assert contents(pool) == {"first": b"mine"}
+        with pytest.raises(kv.CorruptionError):
+            KVCachePool.restore(path)
+        assert segments_of(tmp_path) == []
+
+    def test_every_flip_in_the_header_is_found(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        self.make_snapshot(path)
+        while not re.search(rb'header_crc32":"[0-9]*[a-f]', path.read_bytes()):  # a letter, to flip its case
+            self.make_snapshot(path)
+        sound = path.read_bytes()
+        missed = []
+        with make_pool() as pool, open(path, "r+b", buffering=0) as file:
+            pool.put("first", b"mine")
+            for at in range(8 + struct.unpack_from("<Q", sound)[0]):
+                for flip in (0x01, 0x20, 0x80, 0xFF):
+                    os.pwrite(file.fileno(), bytes([sound[at] ^ flip]), at)
+                    try:
+                        KVCachePool.restore(path)
+                        missed.append((at, flip, sound[at - 20 : at + 1]))
+                    except CacheError:
+                        pass
+                os.pwrite(file.fileno(), sound[at : at + 1], at)
+            assert missed == []
+            assert contents(pool) == {"first": b"mine"}
+        assert path.read_bytes() == sound
+
+    @pytest.mark.parametrize("damaged", [["first"], ["second"], ["third"], ["third", "second"]])
+    def test_damage_to_a_value_names_the_first_entry_and_salvage_takes_the_rest(
+        self, damaged: list[str], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "file"
+        self.make_snapshot(path)
+        data = bytearray(path.read_bytes())
+        data_at = len(data) - sum(map(len, VALUES.values()))
+        for key in damaged:
+            data[data.index(VALUES[key], data_at)] ^= 0x10
+        path.write_bytes(data)
+        first = min(damaged, key=list(VALUES).index)
+        for restore in (KVCachePool.restore, CacheStore().restore):
+            with pytest.raises(kv.CorruptionError, match=f"'{first}'"):
+                restore(path)
+        assert segments_of(tmp_path) == []
+        with make_pool() as pool:
+            pool.put(first, b"mine")
+            with pytest.raises(kv.CorruptionError, match=f"'{first}'"):
+                KVCachePool.restore(path)
+            assert contents(pool) == {first: b"mine"}
+            with self.restored(path, salvage=True) as same:
+                rest = {key: value for key, value in VALUES.items() if key not in damaged}
+                assert contents(same) == {first: b"mine", **rest}
+
+    @pytest.mark.parametrize("header", HOSTILE_HEADERS, ids=short)
+    def test_hostile_header(self, header: Any, tmp_path: Path) -> None:
+        path = tmp_path / "file.safetensors"
+        write_safetensors(path, header, b"data")
+        for salvage in (False, True):
+            with pytest.raises(CacheError):
+                KVCachePool.restore(path, salvage=salvage)
+        assert segments_of(tmp_path) == []
+
+    @pytest.mark.parametrize("length", [0, 1, 3, 1 << 31, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+    def test_hostile_header_length(self, length: int, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(struct.pack("<Q", length) + b"{}")
+        with pytest.raises(kv.CorruptionError):
+            KVCachePool.restore(tmp_path / "file")
+
+    @pytest.mark.parametrize(("index", "value"), FORGED_ENTRIES, ids=short)
+    def test_forged_entry(self, index: int, value: Any, tmp_path: Path) -> None:
+        self.make_snapshot(tmp_path / "file")
+
+        def forge(config: Any, entries: Any) -> None:
+            entries["first"][index] = value
+
+        rewrite_snapshot(tmp_path / "file", forge)
+        with pytest.raises(CacheError):
+            KVCachePool.restore(tmp_path / "file")
+        assert segments_of(tmp_path) == []
+
+    @pytest.mark.parametrize("changes", FORGED_CONFIGS, ids=short)
+    def test_forged_config(self, changes: dict[str, Any], tmp_path: Path) -> None:
+        self.make_snapshot(tmp_path / "file")
+        rewrite_snapshot(tmp_path / "file", lambda config, entries: ({**config, **changes}, entries))
+        with pytest.raises(CacheError):
+            KVCachePool.restore(tmp_path / "file")
+        assert segments_of(tmp_path) == []
+
+    @pytest.mark.parametrize("forged", [None, [], {}, "text", 5, {"first": []}, {"first": {}}, {"other": []}], ids=str)
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_forged_metadata(self, which: int, forged: Any, tmp_path: Path) -> None:
+        self.make_snapshot(tmp_path / "file")
+        rewrite_snapshot(tmp_path / "file", lambda *both: (forged, both[1]) if which == 0 else (both[0], forged))
+        with pytest.raises(CacheError):
+            KVCachePool.restore(tmp_path / "file")
+
+    def test_paths_that_cannot_be_read(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / "loop").symlink_to("loop")
+        for path in (tmp_path, tmp_path / "file" / "below", tmp_path / "loop", tmp_path / ("n" * 300)):
+            with pytest.raises(CacheError, match=re.escape(str(path))):
+                KVCachePool.restore(path)
+        with pytest.raises(CacheError):
+            KVCachePool.restore(tmp_path / "with\0")
+
+    def test_a_fifo_is_refused_without_waiting_for_a_writer(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "fifo")
+        with worker(
+            f"try: KVCachePool.restore({str(tmp_path / 'fifo')!r})", "except CacheError: say('refused')"
+        ) as process:
+            assert process.communicate(timeout=5)[0] == "refused\n"
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def test_default_path_path_in_the_config_and_path_given(self, tmp_path: Path, store_dir: str) -> None:
+        with make_pool(name="plain") as plain, make_pool(persist_path=str(tmp_path / "deep" / "er" / "x")) as pool:
+            assert plain.persist()
+            assert os.listdir(store_dir) == ["plain.safetensors"]
+            assert pool.persist()
+            assert os.listdir(tmp_path / "deep" / "er") == ["x"]
+            assert pool.persist(str(tmp_path / "given"))
+        modes = {os.stat(path).st_mode & 0o777 for path in (f"{store_dir}/plain.safetensors", tmp_path / "given")}
+        assert modes == {0o600}
+
+    def test_a_snapshot_replaces_a_readable_one_by_a_private_one(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.touch(mode=0o644)
+        self.make_snapshot(path)
+        assert path.stat().st_mode & 0o777 == 0o600
+
+    def test_a_failing_disk_leaves_the_old_snapshot(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "file"
+        self.make_snapshot(path)
+        sound = path.read_bytes()
+
+        def fail(fd: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        with make_pool() as pool, monkeypatch.context() as patch:
+            pool.put("more", b"more")
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(kv.StorageError, match=f"{re.escape(str(path))}.*Input/output error"):
+                pool.persist(path)
+            assert pool.get_stats()["pinned_entries"] == 0
+        assert path.read_bytes() == sound
+        assert sorted(os.listdir(tmp_path)) == ["file", "store"]
+
+    def test_paths_that_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / "dir").mkdir()
+        with make_pool() as pool:
+            pool.put("key", b"value")
+            for path in (tmp_path / "file" / "below", tmp_path / "dir", tmp_path / ("n" * 300)):
+                with pytest.raises(kv.StorageError, match=re.escape(str(path.parent))):
+                    pool.persist(path)
+        assert sorted(os.listdir(tmp_path)) == ["dir", "file", "store"]
+
+    def test_what_a_killed_writer_left_is_reused(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        self.make_snapshot(path)
+        sound = path.read_bytes()
+        with make_pool(blocks=400) as pool:
+            pool.put("large", bytes(MiB))
+            with worker(
+                "pool = KVCachePool.attach('pool')",
+                f"pool.persist({str(path)!r}, lambda done, total: (say(), wait()))",
+            ) as process:
+                assert hear(process) == "ready"
+                process.kill()
+                process.wait()
+            assert path.read_bytes() == sound
+            assert sorted(os.listdir(tmp_path)) == [".file.tmp", "file", "store"]
+            assert pool.check() == []
+            assert pool.get_stats()["pinned_entries"] == 0
+            pool.delete("large")
+            pool.put("key", b"value")
+            pool.persist(path)
+        assert sorted(os.listdir(tmp_path)) == ["file", "store"]
+        with self.restored(path) as pool:
+            assert contents(pool) == {"key": b"value"}
+
+    def test_two_writers_to_one_path_take_turns(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        with make_pool(blocks=100) as pool:
+            pool.put("key", payload("key", 300_000))
+            pool.persist(path)
+            lines = (
+                "pool = KVCachePool.attach('pool')",
+                "say(); wait()",
+                f"for _ in range(25): pool.persist({str(path)!r})",
+                "say('done')",
+            )
+            with worker(*lines) as one, worker(*lines) as two:
+                assert hear(one) == hear(two) == "ready"
+                tell(one)
+                tell(two)
+                for _ in range(25):
+                    with kv.Snapshot(str(path)) as snapshot:
+                        assert [item.entry.key for item in snapshot.verify()] == ["key"]
+                assert hear(one) == hear(two) == "done"
+        assert sorted(os.listdir(tmp_path)) == ["file", "store"]
+
+    def test_a_snapshot_taken_while_others_put_and_evict_is_whole(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        lines = (
+            "pool = KVCachePool.attach('pool')",
+            "threading.Thread(target=lambda: (wait(), os._exit(0)), daemon=True).start()",
+            "number = 0",
+            "while True:",
+            "    key = str(number % 50).rjust(5)",
+            "    pool.put(key, key.encode() * (1 + number % 17 * 1500))",
+            "    if number == 100: say()",
+            "    if number % 20 == 0: pool.evict(25)",
+            "    number += 1",
+        )
+        with make_pool(blocks=200) as pool, worker(*lines) as one, worker(*lines) as two:
+            assert hear(one) == hear(two) == "ready"
+            for _ in range(15):
+                pool.persist(path)
+                with self.restored(path, name="copy", size_bytes=4 * MiB) as copy:
+                    for key, value in contents(copy).items():
+                        assert value == key.encode() * (len(value or b"") // 5)
+                    assert copy.check() == []
+            for process in (one, two):
+                process.kill()
+                process.wait()
+            assert pool.check() == []
+
+    def test_progress_grows_to_a_hundred_percent(self, tmp_path: Path) -> None:
+        seen: list[tuple[int, int]] = []
+        with make_pool(blocks=1000) as pool:
+            for number in range(3):
+                pool.put(f"key {number}", bytes(MiB + 5))
+            total = 3 * (MiB + 5)
+            pool.persist(tmp_path / "file", lambda *now: seen.append(now))
+            assert seen == sorted(seen)
+            assert len(seen) == 6
+            assert seen[-1] == (total, total)
+        seen.clear()
+        pool = KVCachePool.restore(tmp_path / "file", progress=lambda *now: seen.append(now))
+        assert pool is not None
+        pool.close()
+        assert [now for now in seen if now[1] == total] == [(n * (MiB + 5), total) for n in (1, 2, 3)]
+
+    def test_progress_stays_within_a_hundred_percent_when_values_grow(self, tmp_path: Path) -> None:
+        seen: list[tuple[int, int]] = []
+        with make_pool() as pool:
+            pool.put("one", b"1")
+            pool.put("two", b"2")
+
+            def progress(done: int, total: int) -> None:
+                seen.append((done, total))
+                pool.put("two", bytes(5000))
+
+            pool.persist(tmp_path / "file", progress)
+        assert seen
+        assert all(done <= total for done, total in seen)
+        with self.restored(tmp_path / "file") as pool:
+            assert contents(pool) == {"one": b"1", "two": bytes(5000)}
+
+
+# ======================================================================================================================
+# Crashes
+# ======================================================================================================================
+
+
+# --- crash machinery ----------------------------------------------------------------------------------------------
+
+
+class Fuse:
+    """Counts writes to shared memory, and at a chosen one does `action` instead of going on."""
+
+    def __init__(self, blow_at: int = 0, action: Callable[[], None] = lambda: None) -> None:
+        self.count = 0
+        self.reads = 0
+        self.blow_at = blow_at
+        self.action = action
+
+    def burn(self) -> bool:
+        self.count += 1
+        return self.count == self.blow_at
+
+
+class FusedMemory:
+    """Stands for a memoryview or mmap of a pool: every write burns the fuse, and happens by halves when it blows."""
+
+    def __init__(self, target: Any, fuse: Fuse) -> None:
+        self._target = target
+        self._fuse = fuse
+
+    def __getitem__(self, index: Any) -> Any:
+        self._fuse.reads += 1
+        return self._target[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self._fuse.burn():
+            if isinstance(index, slice):  # a copy may be cut anywhere; a word is written whole or not at all
+                half = (index.stop - index.start) // 2
+                self._target[index.start : index.start + half] = bytes(value[:half])
+            self._fuse.action()
+        self._target[index] = value
+
+    def move(self, target: int, source: int, count: int) -> None:
+        if self._fuse.burn():
+            self._target.move(target, source, count // 2)
+            self._fuse.action()
+        self._target.move(target, source, count)
+
+
+@contextlib.contextmanager
+def fused(pool: KVCachePool, fuse: Fuse, join: bool = True) -> Iterator[None]:
+    """Every write of `pool` goes through the fuse: state words, index, bitmap and data."""
+    if join:
+        pool._join()
+    places = [
+        (owner, name)
+        for owner, names in (
+            (pool, ("_memory", "_words")),
+            (pool._table, ("memory", "words", "halves", "floats")),
+            (pool._order, ("_words", "_halves")),
+            (pool._allocator, ("_bits", "_counters")),
+            (pool._segment, ("words",)),
+        )
+        for name in names
+    ]
+    originals = [getattr(owner, name) for owner, name in places]
+    for (owner, name), original in zip(places, originals, strict=True):
+        setattr(owner, name, FusedMemory(original, fuse))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked child; the exit status, negative for a signal."""
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def assert_sound(pool: KVCachePool) -> None:
+    """What must hold at any quiet moment."""
+    assert pool.check() == []
+    stats = pool.get_stats()
+    in_use = sum(max(1, math.ceil(entry.size / stats["block_size"])) for entry in pool.entries.values())
+    assert stats["allocated_blocks"] == in_use, "blocks leaked"
+    assert stats["pinned_entries"] == 0, "pins leaked"
+    assert stats["entry_count"] == len(list(pool))
+
+
+LARGE = 20 * BLOCK_SIZE  # copied outside the lock
+SMALL = 2 * BLOCK_SIZE
+
+
+def fill_fragmented(pool: KVCachePool) -> None:
+    """64 blocks: 30 entries of 2 blocks, every other deleted, so that 20 blocks never lie together."""
+    for i in range(32):
+        pool.put(f"k{i:02}", payload(f"k{i:02}", SMALL), priority=i % 3, prefix_hash=f"p{i % 2}")
+    for i in range(0, 32, 2):
+        pool.delete(f"k{i:02}")
+    for i in (1, 3, 5):
+        pool.get(f"k{i:02}")
+
+
+def fill_roomy(pool: KVCachePool) -> None:
+    for key, size in (("old", LARGE), ("a", SMALL), ("b", 1), ("c", SMALL)):
+        pool.put(key, payload(key, size), prefix_hash="p")
+    pool.get("a")
+
+
+def view_and_use(pool: KVCachePool) -> None:
+    with pool.view("old") as view:
+        assert view is not None
+        bytes(view)
+
+
+def reserve_and_fill(pool: KVCachePool) -> None:
+    with pool.reserve("new", LARGE) as view:
+        assert view is not None
+        view[:] = payload("new", LARGE)
+
+
+def delete_while_pinned(pool: KVCachePool) -> None:
+    pool.pin("old")
+    pool.delete("old")
+    pool.unpin("old")
+
+
+# name -> (fill, operation, keys that may come, change or go)
+OPERATIONS: dict[str, tuple[Callable[[KVCachePool], None], Callable[[KVCachePool], Any], set[str]]] = {
+    "put": (fill_roomy, lambda pool: pool.put("new", payload("new", SMALL), prefix_hash="p"), {"new"}),
+    "put large": (fill_roomy, lambda pool: pool.put("new", payload("new", LARGE)), {"new"}),
+    "overwrite": (fill_roomy, lambda pool: pool.put("old", payload("new", SMALL)), {"old"}),
+    "overwrite large": (fill_roomy, lambda pool: pool.put("old", payload("new", LARGE)), {"old"}),
+    "get": (fill_roomy, lambda pool: pool.get("a"), set()),
+    "get large": (fill_roomy, lambda pool: pool.get("old"), set()),
+    "view": (fill_roomy, view_and_use, set()),
+    "reserve": (fill_roomy, reserve_and_fill, {"new"}),
+    "delete": (fill_roomy, lambda pool: pool.delete("a"), {"a"}),
+    "delete while pinned": (fill_roomy, delete_while_pinned, {"old"}),
+    "evict": (fill_fragmented, lambda pool: pool.evict(25), {"k01", "k03", "k05", "k07", "k09", "k11", "k13", "k15"}),
+    "clear": (fill_roomy, lambda pool: pool.clear(), {"old", "a", "b", "c"}),
+    "defragment": (fill_fragmented, lambda pool: pool.defragment(), set()),
+    "put that moves": (fill_fragmented, lambda pool: pool.put("new", payload("new", LARGE)), {"new"}),
+    "put that evicts and moves": (
+        fill_fragmented,
+        lambda pool: pool.put("new", payload("new", 40 * BLOCK_SIZE)),
+        {"new", *(f"k{i:02}" for i in range(1, 32, 2))},
+    ),
+}
+
+
+def assert_consistent(pool: KVCachePool, before: dict[str, bytes], may_change: set[str], operation: str) -> None:
+    """After a crash: all is there but for what the operation was about, which is old or new, never torn."""
+    assert_sound(pool)
+    after = contents(pool)
+    for key in before.keys() | after.keys():
+        if key not in may_change:
+            assert after.get(key) == before.get(key), f"{key} was lost or changed by a crash in {operation}"
+        elif key in after:
+            new = payload("new", len(after[key]))
+            assert after[key] in (before.get(key), new), f"{key} is torn after a crash in {operation}"
+        elif operation.startswith("overwrite"):
+            pytest.fail(f"{key} is neither old nor new")
+    assert pool.put("after the crash", payload("after the crash", SMALL))
+    assert pool.get("after the crash") == payload("after the crash", SMALL)
+    assert_sound(pool)
+
+
+def count_writes(name: str, policy: EvictionPolicy) -> int:
+    fill, operation, _ = OPERATIONS[name]
+    with make_pool(64, eviction_policy=policy.value) as pool:
+        fill(pool)
+        fuse = Fuse()
+        with fused(pool, fuse):
+            operation(pool)
+    return fuse.count
+
+
+class TestCrashes:
+    """SIGKILL and Ctrl-C at every single write to shared memory."""
+
+    @pytest.mark.parametrize("policy", [EvictionPolicy.LRU, EvictionPolicy.LFU], ids=lambda policy: policy.value)
+    @pytest.mark.parametrize("name", OPERATIONS)
+    def test_killed_at_every_write(self, name: str, policy: EvictionPolicy) -> None:
+        fill, operation, may_change = OPERATIONS[name]
+        for n in range(1, count_writes(name, policy) + 1):
+            with make_pool(64, eviction_policy=policy.value) as pool:
+                fill(pool)
+                before = contents(pool)
+
+                def work(pool: KVCachePool = pool, n: int = n) -> None:
+                    with fused(pool, Fuse(n, die)):
+                        operation(pool)
+
+                assert in_child(work) in (0, -signal.SIGKILL)
+                assert_consistent(pool, before, may_change, name)
+
+    @pytest.mark.parametrize("name", OPERATIONS)
+    def test_interrupted_at_every_write(self, name: str) -> None:
+        fill, operation, may_change = OPERATIONS[name]
+        for n in range(1, count_writes(name, EvictionPolicy.LRU) + 1):
+            with make_pool(64) as pool, KVCachePool.attach("pool") as other:
+                fill(pool)
+                before = contents(pool)
+                with fused(pool, Fuse(n, interrupt)), contextlib.suppress(KeyboardInterrupt):
+                    operation(pool)
+                if name != "delete while pinned":  # there the pin is the caller's to take back
+                    assert_sound(other)
+                pool.unpin("old")
+                assert_consistent(pool, before, may_change, name)
+
+    @pytest.mark.parametrize("name", ["put that evicts and moves", "defragment", "overwrite"])
+    def test_killed_at_every_write_of_the_repair(self, name: str) -> None:
+        fill, operation, may_change = OPERATIONS[name]
+        middle = count_writes(name, EvictionPolicy.LRU) // 2
+        n = 0
+        finished = False
+        while not finished:
+            n += 1
+            with make_pool(64) as pool:
+                fill(pool)
+                before = contents(pool)
+
+                def work(pool: KVCachePool = pool) -> None:
+                    with fused(pool, Fuse(middle, die)):
+                        operation(pool)
+
+                def repair(pool: KVCachePool = pool, n: int = n) -> None:
+                    with fused(pool, Fuse(n, die), join=False):
+                        pool.check()
+
+                assert in_child(work) == -signal.SIGKILL
+                finished = in_child(repair) == 0
+                assert_consistent(pool, before, may_change, name)
+        assert n > 20
+
+    def test_random_kills_under_load(self) -> None:
+        """Four processes, killed again and again while they put, get, view, delete and evict, in a crowded pool."""
+        with make_pool(256, max_entries=64) as pool:
+            deadline = time.monotonic() + 5
+            randomness = random.Random(1)
+            workers: list[multiprocessing.Process] = []
+            kills = 0
+            context = multiprocessing.get_context("fork")
+            try:
+                while time.monotonic() < deadline:
+                    while len(workers) < 4:
+                        worker = context.Process(target=hammer, args=("pool", randomness.random()))
+                        worker.start()
+                        workers.append(worker)
+                    time.sleep(randomness.random() * 0.03)
+                    victim = workers.pop(randomness.randrange(4))
+                    os.kill(victim.pid, signal.SIGKILL)
+                    victim.join()
+                    kills += 1
+                    if not kills % 5:
+                        assert pool.check() == []
+            finally:
+                for worker in workers:
+                    worker.kill()
+                    worker.join()
+            assert kills > 20
+            assert_sound(pool)
+            for key in list(pool):
+                value = pool.get(key)
+                assert value == payload(key, len(value)), f"{key} is torn"
+
+    def test_real_interrupts_at_any_bytecode(self) -> None:
+        """A timer raises KeyboardInterrupt wherever the interpreter checks for signals."""
+        with make_pool(256, max_entries=64) as pool, KVCachePool.attach("pool") as other:
+            randomness = random.Random(2)
+            signal.signal(signal.SIGALRM, lambda *_: interrupt())
+            interrupts = 0
+            try:
+                for _ in range(3000):
+                    try:
+                        signal.setitimer(signal.ITIMER_REAL, 1e-6 + randomness.random() * 3e-4)
+                        hammer_once(pool, randomness)
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                    except KeyboardInterrupt:
+                        interrupts += 1
+                        other.get("nothing")  # nobody hangs
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            assert interrupts > 100
+            assert_sound(pool)
+            for key in list(pool):
+                value = pool.get(key)
+                assert value == payload(key, len(value)), f"{key} is torn"
+
+
+def hammer_once(pool: KVCachePool, randomness: random.Random) -> None:
+    """One random operation; every value is what `payload` says of its key."""
+    key = f"k{randomness.randrange(80)}"
+    size = randomness.choice([0, 1, 100, BLOCK_SIZE, 3 * BLOCK_SIZE, 70_000, 200_000])
+    what = randomness.random()
+    if what < 0.4:
+        pool.put(key, payload(key, size))
+    elif what < 0.6:
+        value = pool.get(key)
+        assert value is None or value == payload(key, len(value))
+    elif what < 0.75:
+        with pool.view(key) as view:
+            assert view is None or view == payload(key, len(view))
+    elif what < 0.85:
+        with pool.reserve(key, size) as view:
+            if view is not None:
+                view[:] = payload(key, size)
+    elif what < 0.9:
+        pool.evict(10)
+    elif what < 0.95:
+        pool.delete(key)
+    else:
+        pool.defragment()
+
+
+def hammer(name: str, seed: float) -> None:
+    """Work on a pool until killed."""
+    randomness = random.Random(seed)
+    with KVCachePool.attach(name) as pool:
+        while True:
+            hammer_once(pool, randomness)
+
+
+# ======================================================================================================================
+# Pool
+# ======================================================================================================================
+
+
+# --- pool -----------------------------------------------------------------------------------------------------------
+
+
+class TestPool:
+    def test_put_get_delete(self) -> None:
+        with make_pool() as pool:
+            assert pool.put("key", b"value", prefix_hash="p", priority=-3, sequence_length=7, layer_index=2)
+            assert pool.get("key") == b"value"
+            entry = pool.entries["key"]
+            assert (entry.prefix_hash, entry.priority, entry.sequence_length, entry.layer_index) == ("p", -3, 7, 2)
+            assert (entry.size, entry.access_count, entry.offset) == (5, 1, OVERHEAD)
+            assert entry.created_at <= entry.last_accessed <= time.time()
+            assert pool.delete("key")
+            assert pool.get("key") is None
+            assert not pool.delete("key")
+            assert_sound(pool)
+
+    @pytest.mark.parametrize(
+        "size", [0, 1, BLOCK_SIZE, BLOCK_SIZE + 1, kv.COPY_UNDER_LOCK, kv.COPY_UNDER_LOCK + 1, MiB]
+    )
+    def test_values_of_every_size(self, size: int) -> None:
+        with make_pool(600) as pool:
+            assert pool.put("k", payload("k", size))
+            assert pool.get("k") == payload("k", size)
+            with pool.view("k") as view:
+                assert view == payload("k", size)
+            assert pool.put("k", b"other")
+            assert pool.get("k") == b"other"
+            assert_sound(pool)
+
+    def test_mapping_of_entries_reads_without_side_effects(self) -> None:
+        with make_pool() as pool:
+            pool.put("a", b"1")
+            pool.put("b", b"22")
+            before = pool.get_stats()
+            assert list(pool) == list(pool.entries) == ["a", "b"]
+            assert len(pool) == len(pool.entries) == 2
+            assert "a" in pool
+            assert "z" not in pool
+            assert 7 not in pool.entries
+            assert [entry.size for entry in pool.entries.values()] == [1, 2]
+            assert {key: entry.size for key, entry in pool.entries.items()} == {"a": 1, "b": 2}
+            with pytest.raises(KeyError):
+                pool.entries["z"]
+            assert pool.get_stats() == before
+            assert bool(make_pool(name="empty"))
+
+    def test_find_by_prefix_gives_oldest_first(self) -> None:
+        with make_pool() as pool:
+            for i in range(6):
+                pool.put(f"k{i}", b"x", prefix_hash=f"p{i % 2}")
+            pool.delete("k2")
+            pool.put("k0", b"y", prefix_hash="p0")
+            assert [entry.key for entry in pool.find_by_prefix("p0")] == ["k4", "k0"]
+            assert [entry.key for entry in pool.find_by_prefix("p1")] == ["k1", "k3", "k5"]
+            assert pool.find_by_prefix("nobody") == []
+            assert pool.find_by_prefix("") == []
+            with pytest.raises(CacheError, match="must be a str"):
+                pool.find_by_prefix(3)
+
+    def test_allocate_reads_as_zeros_and_put_fills_it(self) -> None:
+        with make_pool() as pool:
+            pool.put("secret", b"\xff" * BLOCK_SIZE * 16)
+            entry = pool.allocate("fresh", 3 * BLOCK_SIZE - 5, prefix_hash="p", layer_index=4)
+            assert entry is not None
+            assert (entry.size, entry.prefix_hash, entry.layer_index) == (3 * BLOCK_SIZE - 5, "p", 4)
+            assert pool.get("fresh") == bytes(3 * BLOCK_SIZE - 5)
+            assert pool.allocate("too large", 17 * BLOCK_SIZE) is None
+            assert pool.get("fresh") is not None
+
+    def test_reserve_commits_on_a_clean_exit_only(self) -> None:
+        with make_pool() as pool:
+            pool.put("k", b"old")
+            with pytest.raises(RuntimeError), pool.reserve("k", 5) as view:
+                assert pool.get("k") == b"old"
+                raise RuntimeError
+            assert pool.get("k") == b"old"
+            with pool.reserve("k", 5, priority=2) as view:
+                assert view == bytes(5)
+                view[:] = b"fresh"
+                assert pool.get("k") == b"old"
+            assert pool.get("k") == b"fresh"
+            assert pool.entries["k"].priority == 2
+            with pool.reserve("huge", MiB) as view:
+                assert view is None
+            assert_sound(pool)
+
+    def test_pins_add_up_and_end_with_the_handle(self) -> None:
+        with make_pool(4) as pool:
+            pool.put("k", payload("k", 4 * BLOCK_SIZE))
+            other = KVCachePool.attach("pool")
+            assert pool.pin("k")
+            assert pool.pin("k")
+            assert other.pin("k")
+            assert not pool.pin("nothing")
+            assert pool.get_stats()["pinned_entries"] == 1
+            assert pool.unpin("k")
+            assert pool.unpin("k")
+            assert not pool.unpin("k")
+            assert not pool.put("x", b"x")
+            assert not pool.can_allocate(1)
+            other.close()
+            assert pool.can_allocate(1)
+            assert pool.put("x", b"x")
+            assert_sound(pool)
+
+    def test_a_pinned_value_survives_being_deleted_and_replaced(self) -> None:
+        with make_pool(8) as pool:
+            pool.put("k", payload("k", 4 * BLOCK_SIZE))
+            with pool.view("k") as view:
+                pool.put("k", b"new")
+                pool.delete("k")
+                for i in range(20):
+                    pool.put(f"n{i}", payload(f"n{i}", BLOCK_SIZE))
+                assert view == payload("k", 4 * BLOCK_SIZE)
+                assert len(pool) == 4
+            assert pool.put("all", payload("all", 8 * BLOCK_SIZE))
+            assert_sound(pool)
+
+    def test_clear(self) -> None:
+        with make_pool() as pool:
+            pool.put("a", b"1")
+            pool.put("b", b"2")
+            assert pool.clear() == 2
+            assert pool.clear() == 0
+            assert pool.get_stats()["allocated_blocks"] == 0
+            assert_sound(pool)
+
+    def test_stats(self) -> None:
+        with make_pool(8, max_entries=5) as pool:
+            pool.put("a", payload("a", 2 * BLOCK_SIZE))
+            pool.put("b", b"b")
+            pool.put("c", b"c")
+            pool.get("a")
+            pool.get("nothing")
+            pool.delete("b")
+            stats = pool.get_stats()
+            assert stats == {
+                "name": "pool", "size_bytes": OVERHEAD + 8 * BLOCK_SIZE, "data_size_bytes": 8 * BLOCK_SIZE,
+                "block_size": BLOCK_SIZE, "total_blocks": 8, "allocated_blocks": 3, "free_blocks": 5,
+                "utilization_percent": 37.5, "entry_count": 2, "policy": "lru", "tier": "cpu", "max_entries": 5,
+                "hits": 1, "misses": 1, "hit_rate": 0.5, "puts": 3, "evictions": 0, "pinned_entries": 0,
+                "largest_free_run": 4, "fragmentation": pytest.approx(0.2), "attached_pids": [os.getpid()],
+            }  # fmt: skip
+
+    def test_put_takes_any_buffer(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        grid = numpy.arange(24, dtype="complex64").reshape(2, 3, 4)
+        values = [
+            bytearray(b"abc"), memoryview(b"abcdef")[::2], memoryview(b"abcd").cast("I"), grid, grid[:, ::2], numpy.asfortranarray(grid),
+            numpy.zeros((0, 3)), numpy.zeros(3, dtype=">i4"), numpy.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]),
+        ]  # fmt: skip
+        with make_pool() as pool:
+            for value in values:
+                assert pool.put("k", value)
+                assert pool.get("k") == (value.tobytes() if hasattr(value, "tobytes") else bytes(value))
+            large = numpy.arange(100_000, dtype="float64").reshape(100, -1)
+            with make_pool(400, name="large") as roomy:
+                assert roomy.put("k", large)
+                assert roomy.get("k") == large.tobytes()
+            for bad in ("text", 7, None, [1]):
+                with pytest.raises(CacheError, match="buffer"):
+                    pool.put("k", bad)
+
+    @pytest.mark.parametrize("key", ["", "x" * 251, "ä" * 126, "\ud800", 7, None, b"bytes"], ids=repr)
+    def test_bad_keys_are_refused_everywhere(self, key: Any) -> None:
+        with make_pool() as pool:
+            for call in (
+                lambda: pool.put(key, b"x"), lambda: pool.get(key), lambda: pool.delete(key), lambda: pool.view(key),
+                lambda: pool.pin(key), lambda: pool.unpin(key), lambda: pool.reserve(key, 1), lambda: pool.allocate(key, 1),
+            ):  # fmt: skip
+                with pytest.raises(CacheError, match="key"):
+                    call()
+            assert len(pool) == 0
+
+    def test_bad_numbers_are_refused(self) -> None:
+        with make_pool() as pool:
+            pool.put("k", b"x")
+            for meta in ({"priority": 1 << 63}, {"priority": 0.5}, {"sequence_length": -1}, {"layer_index": "0"}):
+                with pytest.raises(CacheError, match="must be an integer"):
+                    pool.put("k", b"y", **meta)
+            with pytest.raises(CacheError, match="together"):
+                pool.put("k", b"y", prefix_hash="p" * 400)
+            for percent in (-1, 101, float("nan"), "25", True, None):
+                with pytest.raises(CacheError, match="percent"):
+                    pool.evict(percent)
+            for size in (-1, 1.5, "1", None):
+                with pytest.raises(CacheError, match="size"):
+                    pool.allocate("n", size)
+                with pytest.raises(CacheError, match="size"):
+                    pool.can_allocate(size)
+            assert contents(pool) == {"k": b"x"}
+
+    def test_every_method_after_close(self) -> None:
+        pool = make_pool()
+        pool.put("k", b"x")
+        pool.close()
+        pool.close()
+        calls: list[Callable[[], Any]] = [
+            lambda: pool.put("k", b""), lambda: pool.get("k"), lambda: pool.delete("k"), lambda: pool.evict(1), pool.clear,
+            lambda: pool.view("k"), lambda: pool.reserve("k", 1), lambda: pool.allocate("k", 1), lambda: pool.pin("k"),
+            lambda: pool.unpin("k"), lambda: pool.find_by_prefix("p"), pool.get_stats, pool.check, pool.defragment,
+            lambda: pool.persist("x"), lambda: pool.entries, lambda: len(pool), lambda: "k" in pool, lambda: list(pool),
+            lambda: pool.can_allocate(1), pool.__enter__,
+        ]  # fmt: skip
+        for call in calls:
+            with pytest.raises(kv.PoolClosedError, match="closed"):
+                call()
+        assert "closed" in repr(pool)
+        pool.unlink()
+
+    def test_check_finds_and_fixes_every_kind_of_damage(self) -> None:
+        def damage(name: str, pool: KVCachePool) -> None:
+            table, order, words = pool._table, pool._order, pool._words
+            record = table.record(2)
+            if name == "bitmap":
+                pool._allocator._bits[0] ^= 1
+            elif name == "allocated":
+                words[kv.ALLOCATED] += 1
+            elif name == "entries":
+                words[kv.NUM_ENTRIES] += 1
+            elif name == "busy":
+                words[kv.NUM_BUSY] += 1
+            elif name == "free list":
+                words[kv.FREE_SLOT] = 0
+            elif name == "key chain":
+                table.halves[table._key_heads : table._key_heads + table.num_slots] = memoryview(
+                    bytes(4 * table.num_slots)
+                ).cast("I")
+            elif name == "wrong chain":
+                table.halves[record + kv.R_KEY_HASH] += 1
+            elif name == "prefix link":
+                table.halves[record + kv.R_PREFIX_PREV] = 5
+            elif name == "order":
+                order._words[(order._node(2) >> 1) + 2] = 999
+            elif name == "size":
+                pool._words[(record >> 1) + kv.W_SIZE] = -1
+            elif name == "place":
+                table.halves[record + kv.R_START] = 1000
+            elif name == "overlap":
+                table.halves[record + kv.R_START] = table.halves[table.record(1) + kv.R_START]
+            elif name == "lengths":
+                table.halves[record + kv.R_LENGTHS] = 0
+            elif name == "text":
+                pool._memory[4 * record + kv.RECORD.size] = 0xFF
+            elif name == "twins":
+                pool._memory[4 * record : 4 * record + kv.RECORD_BYTES] = (
+                    lambda first: first[:16] + pool._memory[4 * record + 16 : 4 * record + 24] + first[24:]
+                )(pool._memory[4 * table.record(1) : 4 * table.record(1) + kv.RECORD_BYTES])
+            elif name == "move":
+                words[kv.MOVE_SLOT], words[kv.MOVE_FROM] = 1, 12345
+
+        names = [
+            "bitmap",
+            "allocated",
+            "entries",
+            "busy",
+            "free list",
+            "key chain",
+            "wrong chain",
+            "prefix link",
+            "order",
+        ]
+        names += ["size", "place", "overlap", "lengths", "text", "twins", "move"]
+        for name in names:
+            with make_pool() as pool:
+                for key in "abcd":
+                    pool.put(key, payload(key, 10), prefix_hash="p")
+                pool.delete("d")
+                assert pool.check() == []
+                damage(name, pool)
+                assert pool.check(), name
+                assert pool.check(fix=True), name
+                assert pool.check() == [], name
+                assert pool.get("a") == payload("a", 10) or name == "twins"
+                assert pool.get("c") == payload("c", 10)
+                assert pool.put("e", b"e")
+                assert_sound(pool)
+
+
+class TestEvictionInAPool:
+    @pytest.mark.parametrize(
+        ("policy", "expected"),
+        [("lru", "bdac"), ("lfu", "bdac"), ("fifo", "abcd"), ("priority", "bdca")],
+    )
+    def test_victim_order(self, policy: str, expected: str) -> None:
+        with make_pool(4, eviction_policy=policy) as pool:
+            for key, priority in zip("abcd", (3, 1, 2, 2), strict=True):
+                pool.put(key, b"x", priority=priority)
+            for key in "acc":
+                pool.get(key)
+            assert "".join(pool) == expected
+            for i in range(4):
+                pool.put(f"n{i}", b"x", priority=9)
+                assert sorted(set(pool) & set("abcd")) == sorted(expected[i + 1 :]) or policy == "lfu"
+
+    @pytest.mark.parametrize("policy", ALL_POLICIES, ids=lambda policy: policy.value)
+    def test_mixed_sizes_evict_exactly_what_a_model_says(self, policy: EvictionPolicy) -> None:
+        """Victims go in policy order until the blocks are enough in number, wherever they lie, and no further."""
+        randomness = random.Random(3)
+        with make_pool(64, eviction_policy=policy.value, max_entries=20) as pool:
+            manager = EvictionManager(policy)
+            blocks: dict[str, int] = {}
+            for step in range(1500):
+                key = f"k{randomness.randrange(40)}"
+                if randomness.random() < 0.5 and key not in blocks:
+                    size = randomness.choice([1, 2, 3, 5, 8, 13, 30, 64])
+                    victims = []
+                    for victim in manager.get_eviction_candidates(len(blocks)):
+                        enough = size <= 64 - sum(blocks.values()) + sum(blocks[v] for v in victims)
+                        if enough and len(blocks) - len(victims) < 20:
+                            break
+                        victims.append(victim)
+                    priority = randomness.randrange(3)
+                    assert pool.put(key, payload(key, size * BLOCK_SIZE), priority=priority)
+                    for victim in victims:
+                        manager.remove(victim)
+                        del blocks[victim]
+                    blocks[key] = size
+                    manager.add(make_entry(key, priority=priority))
+                elif pool.get(key) is not None:
+                    manager.access(key)
+                assert list(pool) == manager.get_eviction_candidates(100)
+                if not step % 100:
+                    assert_sound(pool)
+                    for key in list(pool):
+                        assert pool.get(key) == payload(key, blocks[key] * BLOCK_SIZE)
+                        manager.access(key)
+
+    def test_lfu_keeps_the_count_of_a_key_that_is_replaced(self) -> None:
+        with make_pool(4, eviction_policy="lfu") as pool:
+            for key in "abc":
+                pool.put(key, b"1")
+            for _ in range(3):
+                pool.get("a")
+            pool.put("a", b"2")
+            assert list(pool) == ["b", "c", "a"]
+
+    def test_replacing_keeps_the_others_where_possible(self) -> None:
+        with make_pool(4, max_entries=2) as pool:
+            pool.put("a", b"1")
+            pool.put("b", b"1")
+            pool.put("a", b"2")
+            assert contents(pool) == {"b": b"1", "a": b"2"}
+            pool.put("a", payload("a", 3 * BLOCK_SIZE))
+            assert pool.put("a", payload("a", 4 * BLOCK_SIZE)), "must give up the old value and b"
+            assert contents(pool) == {"a": payload("a", 4 * BLOCK_SIZE)}
+
+    @pytest.mark.parametrize(("percent", "evicted"), [(0, 0), (9.9, 0), (10, 1), (25, 2), (50, 5), (100, 10)])
+    def test_evict_a_share(self, percent: float, evicted: int) -> None:
+        with make_pool() as pool:
+            for i in range(10):
+                pool.put(f"k{i}", b"x")
+            assert pool.evict(percent) == evicted
+            assert list(pool) == [f"k{i}" for i in range(evicted, 10)]
+            assert pool.get_stats()["evictions"] == evicted
+
+    def test_evict_passes_over_pins(self) -> None:
+        with make_pool() as pool:
+            for i in range(4):
+                pool.put(f"k{i}", b"x")
+            with pool.view("k0"):
+                assert pool.evict(50) == 2
+                assert sorted(pool) == ["k0", "k3"]
+
+    def test_defragment(self) -> None:
+        with make_pool(64) as pool:
+            fill_fragmented(pool)
+            before = contents(pool)
+            assert pool.get_stats()["largest_free_run"] == 2
+            with pool.view("k15") as view:
+                assert pool.defragment() > 0
+                assert view == before["k15"]
+            assert pool.get_stats()["fragmentation"] <= 0.5
+            pool.defragment()
+            assert pool.get_stats()["fragmentation"] == 0
+            assert pool.defragment() == 0
+            assert contents(pool) == before
+            assert_sound(pool)
+
+    def test_pins_that_split_the_free_blocks(self) -> None:
+        """Entries leave one side of a pin for the other, so that nothing has to be evicted."""
+        with make_pool(100) as pool:
+            for i in range(10):
+                pool.put(f"e{i}", payload(f"e{i}", 10 * BLOCK_SIZE))
+            pool.delete("e0")
+            pool.delete("e9")
+            with pool.view("e5"):
+                assert pool.put("new", payload("new", 20 * BLOCK_SIZE))
+                assert pool.get_stats()["evictions"] == 0
+            assert contents(pool) == {
+                key: payload(key, (20 if key == "new" else 10) * BLOCK_SIZE) for key in list(pool)
+            }
+            assert len(pool) == 9
+            assert_sound(pool)
+
+    def test_pins_in_the_way_change_nothing(self) -> None:
+        with make_pool(10) as pool:
+            for i in range(10):
+                pool.put(f"e{i}", payload(f"e{i}", BLOCK_SIZE))
+            with pool.view("e4"), pool.view("e7"):
+                before = list(pool)
+                assert not pool.put("new", payload("new", 5 * BLOCK_SIZE))
+                assert list(pool) == before
+                assert pool.put("new", payload("new", 4 * BLOCK_SIZE))
+            assert_sound(pool)
+
+
+class TestTraps:
+    """Each seen in the wild."""
+
+    def test_a_forked_child_does_not_hold_the_parents_lock(self) -> None:
+        with make_pool() as pool:
+            pool.put("k", b"x")
+
+            def work() -> None:
+                assert pool.get("k") == b"x"
+                pool.put("child", b"y")
+                assert pool.get_stats()["attached_pids"] == sorted([os.getppid(), os.getpid()])
+
+            with pool._mutex:  # as if another thread were inside a call
+                kv.fcntl.flock(pool._segment.fd, kv.fcntl.LOCK_EX)
+                pid = os.fork()
+                if not pid:
+                    try:
+                        work()
+                    finally:
+                        os._exit(0 if sys.exc_info()[0] is None else 1)
+                kv.fcntl.flock(pool._segment.fd, kv.fcntl.LOCK_UN)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            assert pool.get("child") == b"y"
+            assert_sound(pool)
+
+    def test_a_parent_killed_inside_a_call_does_not_block_its_child(self) -> None:
+        """The grandchild shares nothing that keeps the dead parent's lock alive."""
+        with make_pool() as pool:
+            reader, writer = os.pipe()
+
+            def parent() -> None:
+                kv.fcntl.flock(pool._segment.fd, kv.fcntl.LOCK_EX)
+                if not os.fork():
+                    os.read(reader, 1)  # lives on until the test says so
+                    os._exit(0)
+                die()
+
+            assert in_child(parent) == -signal.SIGKILL
+            assert pool.put("k", b"x")
+            os.write(writer, b"x")
+            os.close(reader)
+            os.close(writer)
+
+    def test_views_and_reservations_do_not_cross_a_fork(self) -> None:
+        with make_pool() as pool:
+            pool.put("k", b"x")
+            holders = contextlib.ExitStack()
+            holders.enter_context(pool.view("k"))
+            target = holders.enter_context(pool.reserve("new", 3))
+
+            def work() -> None:
+                holders.close()
+                assert "new" not in pool
+                assert pool.check() == []
+
+            assert in_child(work) == 0
+            assert pool.get_stats()["pinned_entries"] == 1
+            target[:] = b"new"
+            holders.close()
+            assert pool.get("new") == b"new"
+            assert_sound(pool)
+
+    def test_close_while_views_exist(self) -> None:
+        pool = make_pool()
+        pool.put("k", b"value")
+        with pool.view("k") as view:
+            pool.close()
+            assert view == b"value"
+            with pytest.raises(kv.PoolClosedError):
+                pool.get("k")
+            with KVCachePool.attach("pool") as other:
+                assert other.get_stats()["pinned_entries"] == 1
+        with pytest.raises(kv.PoolNotFoundError):
+            KVCachePool.attach("pool")
+
+    def test_arrays_outlive_their_view_and_keep_the_pin(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool(4) as pool:
+            pool.put("k", payload("k", 4 * BLOCK_SIZE))
+            with pool.view("k") as view:
+                array = numpy.frombuffer(view, dtype="u1")
+            assert not pool.put("x", b"x"), "the array still reads the entry"
+            assert array.tobytes() == payload("k", 4 * BLOCK_SIZE)
+            assert not array.flags.writeable
+            del array, view
+            assert pool.put("x", b"x")
+            with pool.reserve("w", 8) as target:
+                kept = numpy.frombuffer(target, dtype="u8")
+            assert pool.get_stats()["pinned_entries"] == 1
+            del kept, target
+            assert_sound(pool)
+            with pool.view("w") as view:
+                array = numpy.frombuffer(view, dtype="u1")
+        assert array.tobytes() == bytes(8)
+
+    def test_holders_without_an_export_do_not_crash_after_close(self) -> None:
+        """torch.frombuffer keeps a reference to the view, but no export of its buffer."""
+        pool = make_pool()
+        pool.put("k", b"value")
+        view = pool.view("k").__enter__()
+        pool.close()
+        del pool
+        assert bytes(view) == b"value"
+
+    def test_a_view_that_is_dropped_unpins(self) -> None:
+        with make_pool() as pool:
+            pool.put("k", b"x")
+            view = pool.view("k").__enter__()
+            assert pool.get_stats()["pinned_entries"] == 1
+            del view
+            assert_sound(pool)
+
+    def test_a_signal_handler_that_calls_the_pool_gets_an_error_not_a_deadlock(self) -> None:
+        with make_pool() as pool:
+            seen: list[str] = []
+
+            def handler() -> None:
+                for call in (lambda: pool.get("k"), pool.close):
+                    with pytest.raises(CacheError) as caught:
+                        call()
+                    seen.append(str(caught.value))
+
+            with fused(pool, Fuse(3, handler)):
+                pool.put("k", b"x")
+            assert len(seen) == 2
+            assert all("signal handler" in text for text in seen)
+            assert pool.get("k") == b"x"
+            assert_sound(pool)
+
+    def test_pins_of_the_dead_are_released(self) -> None:
+        with make_pool(4) as pool:
+            pool.put("k", payload("k", 4 * BLOCK_SIZE))
+
+            def work() -> None:
+                pool.pin("k")
+                die()
+
+            assert in_child(work) == -signal.SIGKILL
+            assert pool.put("x", payload("x", 4 * BLOCK_SIZE))
+            assert_sound(pool)
+
+    def test_a_zombie_counts_as_dead(self) -> None:
+        with make_pool(4) as pool:
+            pid = os.fork()
+            if not pid:
+                pool.put("k", payload("k", 4 * BLOCK_SIZE))
+                pool.pin("k")
+                die()
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # dead, but its pid is still taken
+            assert pool.put("x", payload("x", 4 * BLOCK_SIZE))
+            os.waitpid(pid, 0)
+
+
+class TestManyHandles:
+    def test_threads_share_a_handle(self) -> None:
+        errors: list[BaseException] = []
+
+        def work(seed: int) -> None:
+            try:
+                randomness = random.Random(seed)
+                for _ in range(300):
+                    hammer_once(pool, randomness)
+            except BaseException as error:
+                errors.append(error)
+
+        with make_pool(256, max_entries=64) as pool:
+            threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert errors == []
+            assert_sound(pool)
+
+    def test_closing_in_one_thread_while_others_work(self) -> None:
+        for seed in range(10):
+            pool = make_pool(256)
+            errors: list[BaseException] = []
+
+            def work(seed: int, pool: KVCachePool = pool, errors: list[BaseException] = errors) -> None:
+                try:
+                    while True:
+                        hammer_once(pool, random.Random(seed))
+                except kv.PoolClosedError:
+                    pass
+                except BaseException as error:
+                    errors.append(error)
+
+            threads = [threading.Thread(target=work, args=(seed * 10 + i,)) for i in range(3)]
+            for thread in threads:
+                thread.start()
+            pool.close()
+            for thread in threads:
+                thread.join()
+            assert errors == []
+
+    def test_processes_see_each_others_changes_at_once(self) -> None:
+        """Data, metadata, eviction order and statistics."""
+        with make_pool() as pool:
+            pool.put("a", b"1")
+            pool.put("b", b"2")
+
+            def work() -> None:
+                with KVCachePool.attach("pool") as mine:
+                    assert mine.get("a") == b"1"
+                    mine.put("c", b"3", prefix_hash="p")
+
+            assert in_child(work) == 0
+            assert pool.get("c") == b"3"
+            assert list(pool) == ["b", "a", "c"]
+            assert [entry.key for entry in pool.find_by_prefix("p")] == ["c"]
+            stats = pool.get_stats()
+            assert (stats["hits"], stats["puts"]) == (2, 3)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """A pool against an ordered dict, evicting in LRU order by number of blocks."""
+
+    keys = st.sampled_from([f"k{i}" for i in range(12)])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = make_pool(24, name=f"machine-{os.getpid()}-{id(self)}", max_entries=8)
+        self.model: dict[str, bytes] = {}
+        self.pins: list[str] = []
+
+    def teardown(self) -> None:
+        self.pool.close()
+
+    @staticmethod
+    def blocks(value: bytes) -> int:
+        return max(1, -(-len(value) // BLOCK_SIZE))
+
+    @rule(key=keys, blocks=st.integers(0, 12))
+    def put(self, key: str, blocks: int) -> None:
+        if key in self.pins:
+            return  # a pin holds the value that was there, which a model of keys alone can't follow
+        value = payload(key + str(blocks), blocks * BLOCK_SIZE)
+        before = dict(self.model)
+        stored = self.pool.put(key, value)
+        if not stored:
+            assert self.pins
+            return
+        victims = [victim for victim in before if victim != key and victim not in list(self.pool)]
+        needed = [k for k in before if k != key and k not in self.pins]
+        assert victims == needed[: len(victims)], "evicted out of order"
+        for victim in victims:
+            del self.model[victim]
+        self.model.pop(key, None)
+        self.model[key] = value
+        if victims and not self.pins and key not in before:
+            kept = sum(map(self.blocks, before.values())) - sum(self.blocks(before[v]) for v in victims[:-1])
+            assert kept + self.blocks(value) > 24 or len(before) - len(victims) + 1 >= 8, "evicted one too many"
+
+    @rule(key=keys)
+    def get(self, key: str) -> None:
+        assert self.pool.get(key) == self.model.get(key)
+        if key in self.model:
+            self.model[key] = self.model.pop(key)
+
+    @rule(key=keys)
+    def view(self, key: str) -> None:
+        with self.pool.view(key) as view:
+            assert (None if view is None else bytes(view)) == self.model.get(key)
+        if key in self.model:
+            self.model[key] = self.model.pop(key)
+
+    @rule(key=keys)
+    def delete(self, key: str) -> None:
+        if key in self.pins:
+            return
+        assert self.pool.delete(key) == (self.model.pop(key, None) is not None)
+
+    @rule(key=keys)
+    @precondition(lambda self: len(self.pins) < 2)
+    def pin(self, key: str) -> None:
+        if key not in self.pins and self.pool.pin(key):
+            self.pins.append(key)
+
+    @rule()
+    @precondition(lambda self: self.pins)
+    def unpin(self) -> None:
+        self.pool.unpin(self.pins.pop())
+
+    @rule()
+    def defragment(self) -> None:
+        self.pool.defragment()
+
+    @rule()
+    def reopen(self) -> None:
+        other = KVCachePool.attach(self.pool.name)
+        self.pool.close()
+        self.pool = other
+        self.pins.clear()
+
+    @invariant()
+    def agrees(self) -> None:
+        assert self.pool.check() == []
+        assert list(self.pool) == list(self.model)
+
+
+PoolMachine.TestCase.settings = settings(
+    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+class TestPoolAgainstAModel(PoolMachine.TestCase):
+    pass
+
+
+class TestFlatCost:
+    @pytest.mark.parametrize("policy", ALL_POLICIES, ids=lambda policy: policy.value)
+    def test_accesses_to_memory_do_not_grow_with_the_entries(self, policy: EvictionPolicy) -> None:
+        """Counts instead of seconds: each operation reads and writes the same number of words in a full pool of any size."""
+
+        def costs(num_entries: int) -> dict[str, int]:
+            with make_pool(num_entries, eviction_policy=policy.value, max_entries=num_entries) as pool:
+                for i in range(num_entries):
+                    pool.put(f"k{i}", b"x", prefix_hash=f"p{i}")
+                pool.get("k5")
+                operations: dict[str, Callable[[], Any]] = {
+                    "get": lambda: pool.get("k7"),
+                    "miss": lambda: pool.get("nothing"),
+                    "evicting put": lambda: pool.put("new", b"x"),
+                    "find": lambda: pool.find_by_prefix("p9"),
+                    "describe": lambda: pool.entries["k9"],
+                    "delete": lambda: pool.delete("k8"),
+                    "put": lambda: pool.put("newer", b"x"),
+                    "view": lambda: pool.view("k7").__enter__(),
+                    "evict one": lambda: pool.evict(100.5 / num_entries),
+                }
+                result = {}
+                for name, operation in operations.items():
+                    fuse = Fuse()
+                    with fused(pool, fuse):
+                        pool._join()
+                        operation()
+                    result[name] = fuse.count + fuse.reads
+                return result
+
+        few, many = costs(100), costs(20_000)
+        for name in few:
+            assert many[name] <= few[name] + 20, (
+                f"{name}: {few[name]} accesses with 100 entries, {many[name]} with 20,000"
+            )
+
+
+# ======================================================================================================================
+# Store
+# ======================================================================================================================
+
+
+class TestStore:
+    def test_create_get_list_delete(self) -> None:
+        store = CacheStore()
+        assert (store.list(), store.get("a"), store.delete("a")) == ([], None, False)
+        for name, tier in (("b", "cpu"), ("a", "nvme"), ("a.b-c_1", "cpu")):
+            with store.create(make_config(name, tier=tier)) as pool:
+                assert pool.put("key", name.encode())
+        assert store.list() == ["a", "a.b-c_1", "b"]
+        for name in store.list():
+            found = store.get(name)
+            assert found is not None
+            with found as pool:
+                assert (pool.name, pool.get("key")) == (name, name.encode())
+        assert store.delete("a")
+        assert not store.delete("a")
+        assert (store.list(), store.get("a")) == (["a.b-c_1", "b"], None)
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_create_refuses_a_name_that_is_taken(self, tier: str) -> None:
+        with CacheStore().create(make_config()) as pool:
+            pool.put("key", b"value")
+            with pytest.raises(kv.PoolExistsError, match="'pool'"):
+                CacheStore().create(make_config(tier=tier))
+            assert pool.get("key") == b"value"
+            assert CacheStore().list() == ["pool"]
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_names_of_two_stores_never_meet(self, tier: str, tmp_path: Path) -> None:
+        one, two = CacheStore(tmp_path / "1"), CacheStore(str(tmp_path / "2"))
+        with one.create(make_config(tier=tier)) as first, two.create(make_config(tier=tier)) as second:
+            first.put("key", b"1")
+            second.put("key", b"2")
+            assert (first.get("key"), second.get("key")) == (b"1", b"2")
+            assert CacheStore().list() == []
+            assert one.delete("pool")
+            assert two.list() == ["pool"]
+        assert two.delete("pool")
+
+    def test_two_paths_to_one_directory_are_one_store(self, tmp_path: Path) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        CacheStore(tmp_path / "real").create(make_config()).close()
+        assert CacheStore(tmp_path / "link" / ".." / "link").delete("pool")
+
+    @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", ".x", "a b", "a\0b", "a\n", "ä", "x" * 101, None, 5])
+    def test_names_that_a_pool_cannot_have(self, name: Any, store_dir: str) -> None:
+        store = CacheStore()
+        creating = (lambda: store.create(make_config(name)), lambda: KVCachePool(make_config(name)))
+        for call in (*creating, lambda: store.get(name), lambda: store.delete(name), lambda: KVCachePool.attach(name)):
+            with pytest.raises(kv.InvalidArgumentError, match="pool name"):
+                call()
+        assert not os.path.exists(store_dir)
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_who_has_a_deleted_pool_open_keeps_it(self, tier: str) -> None:
+        store = CacheStore()
+        store.create(make_config(tier=tier)).close()
+        with worker(
+            "pool = KVCachePool.attach('pool')",
+            "say(pool.put('key', b'old')); wait()",
+            "say(pool.get('key').decode() + str(pool.put('more', b'x') and pool.check())); pool.close(); say()",
+        ) as process:
+            assert hear(process) == "True"
+            assert store.delete("pool")
+            assert (store.get("pool"), store.list()) == (None, [])
+            with store.create(make_config(tier=tier)) as new:
+                tell(process)
+                assert (hear(process), hear(process)) == ("old[]", "ready")
+                assert len(new) == 0
+            assert store.list() == ["pool"]
+
+    def test_list_knows_transient_pools_in_use_and_damaged_ones(self) -> None:
+        store = CacheStore()
+        with store.create(make_config("damaged")) as pool:
+            path = pool._path
+        with open(path, "r+b") as file:
+            file.write(b"X")
+        with make_pool(name="in-use"):
+            assert store.list() == ["damaged", "in-use"]
+        assert store.list() == ["damaged"]
+
+    def test_list_skips_transient_pools_of_the_dead(self) -> None:
+        with worker(f"pool = KVCachePool({open_config()})", "say(); wait()") as process:
+            assert hear(process) == "ready"
+            assert CacheStore().list() == ["pool"]
+            process.kill()
+            process.wait()
+            assert CacheStore().list() == []
+
+    def test_prune_removes_segments_whose_store_is_gone(self, tmp_path: Path) -> None:
+        with CacheStore(tmp_path / "gone").create(make_config()) as pool:
+            segment = os.path.basename(pool._path)
+            shutil.rmtree(tmp_path / "gone")
+            assert segment not in CacheStore.prune()  # in use
+            assert pool.put("key", b"value")
+        assert segment in CacheStore.prune()
+        assert segment not in [*CacheStore.prune(), *os.listdir("/dev/shm")]
+
+    def test_prune_removes_what_killed_processes_left(self) -> None:
+        with worker(f"pool = KVCachePool({open_config()})", "say(pool._path); wait()") as process:
+            path = hear(process)
+            assert os.path.basename(path) not in CacheStore.prune()  # in use
+            process.kill()
+            process.wait()
+        unfinished = Path(f"{path}-unfinished")
+        unfinished.write_bytes(bytes(8192))
+        os.utime(unfinished, (0, 0))  # younger ones may be in the making
+        try:
+            assert os.path.exists(path)
+            assert {os.path.basename(path), unfinished.name} <= set(CacheStore.prune())
+            assert not os.path.exists(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def test_prune_leaves_living_stores_and_what_is_not_ours(self) -> None:
+        strangers = {f"cortex-kv-stranger-{os.getpid()}": b"not a pool", f"other-cortex-kv-{os.getpid()}": b""}
+        try:
+            for name, data in strangers.items():
+                Path("/dev/shm", name).write_bytes(data)
+            with CacheStore().create(make_config()) as pool:
+                segment = os.path.basename(pool._path)
+            with make_pool(name="open") as transient:
+                assert not {segment, os.path.basename(transient._path), *strangers} & set(CacheStore.prune())
+                assert CacheStore().list() == ["open", "pool"]
+        finally:
+            for name in strangers:
+                os.unlink(f"/dev/shm/{name}")
+
+    def test_prune_and_open_at_once_do_not_wait_for_each_other_for_ever(self) -> None:
+        CacheStore().create(make_config()).close()
+        with (
+            worker("say(); wait()", "for _ in range(1000): CacheStore.prune()") as pruning,
+            worker("say(); wait()", "for _ in range(1000): CacheStore().get('pool').close()") as opening,
+        ):
+            assert hear(pruning) == hear(opening) == "ready"
+            tell(pruning)
+            tell(opening)
+            assert (pruning.wait(timeout=10), opening.wait(timeout=10)) == (0, 0)
+        assert CacheStore().list() == ["pool"]
+
+    def test_prune_leaves_pools_alone_that_are_just_being_made(self) -> None:
+        lines = (
+            "threading.Thread(target=lambda: (wait(), os._exit(0)), daemon=True).start()",
+            "say()",
+            "while True: CacheStore.prune()",
+        )
+        with worker(*lines) as pruning:
+            assert hear(pruning) == "ready"
+            for _ in range(1500):
+                with make_pool() as pool:
+                    assert os.path.exists(pool._path)
+
+    @pytest.mark.parametrize("variable", [None, ""])
+    def test_default_path_is_in_the_home_directory(
+        self, variable: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        if variable is None:
+            monkeypatch.delenv("CORTEX_CACHE_DIR")
+        else:
+            monkeypatch.setenv("CORTEX_CACHE_DIR", variable)
+        with make_pool() as pool:
+            assert pool.store_path == CacheStore().store_path == str(tmp_path / ".config" / "cortex" / "kv_cache")
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_of_many_who_create_at_once_one_succeeds(self, tier: str) -> None:
+        lines = (
+            "say(); wait()",
+            f"try: CacheStore().create({open_config(tier=tier)}).close(); say('made')",
+            "except kv.PoolExistsError: say('exists')",
+        )
+        with contextlib.ExitStack() as stack:
+            processes = [stack.enter_context(worker(*lines)) for _ in range(6)]
+            assert [hear(process) for process in processes] == ["ready"] * 6
+            for process in processes:
+                tell(process)
+            assert sorted(hear(process) for process in processes) == ["exists"] * 5 + ["made"]
+        assert CacheStore().list() == ["pool"]
+
+    def test_all_who_open_at_once_get_one_pool(self) -> None:
+        lines = (
+            "say(); wait()",
+            f"pool = KVCachePool({open_config()})",
+            "say(pool.put(str(os.getpid()), b'here')); wait()",
+            "say(len(pool)); wait()",
+        )
+        with contextlib.ExitStack() as stack:
+            processes = [stack.enter_context(worker(*lines)) for _ in range(6)]
+            for answer in ("ready", "True", "6"):
+                assert [hear(process) for process in processes] == [answer] * 6
+                if answer != "6":
+                    for process in processes:
+                        tell(process)
+            with KVCachePool.attach("pool") as pool:
+                assert set(pool) == {str(process.pid) for process in processes}
+                assert set(pool.get_stats()["attached_pids"]) == {os.getpid(), *(p.pid for p in processes)}
+
+
+class TestLifetime:
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_a_transient_pool_lives_as_long_as_somebody_has_it_open(self, tier: str) -> None:
+        pool = make_pool(tier=tier)
+        pool.put("key", b"value")
+        with worker("pool = KVCachePool.attach('pool')", "say(); wait(); pool.close(); say(); wait()") as process:
+            assert hear(process) == "ready"
+            pool.close()
+            with make_pool(tier=tier) as again:
+                assert again.get("key") == b"value"
+            tell(process)
+            assert hear(process) == "ready"
+            assert not os.path.exists(pool._path)
+            with make_pool(tier=tier) as fresh:
+                assert len(fresh) == 0
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_a_killed_last_holder_counts_as_gone(self, tier: str) -> None:
+        with worker(
+            f"pool = KVCachePool({open_config(tier=tier)})", "say(pool.put('key', b'value')); wait()"
+        ) as process:
+            assert hear(process) == "True"
+            process.kill()
+            process.wait()
+        with pytest.raises(kv.PoolNotFoundError):
+            KVCachePool.attach("pool")
+        with make_pool(tier=tier, blocks=20) as fresh:  # its size does not matter any more
+            assert len(fresh) == 0
+
+    def test_a_killed_holder_among_others_takes_nothing_with_it(self) -> None:
+        with make_pool() as pool, worker("pool = KVCachePool.attach('pool')", "say(); wait()") as process:
+            assert hear(process) == "ready"
+            pool.put("key", b"value")
+            process.kill()
+            process.wait()
+            with KVCachePool.attach("pool") as other:
+                assert other.get("key") == b"value"
+                assert other.get_stats()["attached_pids"] == [os.getpid()]
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    @pytest.mark.parametrize("end", ["sys.exit()", "os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
+    def test_a_durable_pool_survives_all_processes(self, tier: str, end: str) -> None:
+        with worker(
+            f"pool = CacheStore().create({open_config(tier=tier)})", "pool.put('key', b'value')", end
+        ) as process:
+            process.wait()
+        with make_pool(tier=tier) as pool:  # the constructor does not make it transient
+            assert pool.get("key") == b"value"
+        with KVCachePool.attach("pool") as pool:
+            assert pool.get("key") == b"value"
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_a_handle_that_is_forgotten_ends_a_transient_pool(self, tier: str) -> None:
+        pool = make_pool(tier=tier)
+        path = pool._path
+        pool.put("key", b"value")
+        del pool
+        assert not os.path.exists(path)
+
+    def test_the_end_of_the_interpreter_ends_a_transient_pool(self) -> None:
+        with worker(f"pool = KVCachePool({open_config()})", "pool.put('key', b'value'); say(pool._path)") as process:
+            path = hear(process)
+            assert process.wait() == 0
+        assert path.endswith("-pool")
+        assert not os.path.exists(path)
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_a_transient_pool_whose_store_is_gone_leaves_nothing(self, tier: str, store_dir: str) -> None:
+        with make_pool(tier=tier) as pool:
+            pool.put("key", b"value")
+            shutil.rmtree(store_dir)
+            assert pool.get("key") == b"value"
+        assert not os.path.exists(pool._path)
+        pool.unlink()
+
+    @pytest.mark.parametrize(
+        ("changes", "asked", "found"),
+        [
+            ({"blocks": 20}, str(OVERHEAD + 20 * BLOCK_SIZE), str(OVERHEAD + 16 * BLOCK_SIZE)),
+            ({"tier": "nvme"}, "tier nvme", "tier cpu"),
+            ({"eviction_policy": "fifo"}, "eviction_policy fifo", "eviction_policy lru"),
+            ({"block_size": 512, "blocks": 128}, "block_size 512", "block_size 4096"),
+        ],
+    )
+    @pytest.mark.parametrize("create", [True, False])
+    def test_a_config_that_disagrees_is_an_error_that_shows_both(
+        self, changes: dict[str, Any], asked: str, found: str, create: bool
+    ) -> None:
+        with make_pool() as pool:
+            pool.put("key", b"value")
+            with pytest.raises(kv.PoolMismatchError) as error:
+                KVCachePool(make_config(**changes), create=create)
+            assert asked in str(error.value)
+            assert found in str(error.value)
+            assert pool.get("key") == b"value"
+            assert CacheStore().list() == ["pool"]
+
+    def test_a_config_may_differ_in_what_does_not_matter(self) -> None:
+        with make_pool(), make_pool(max_entries=5, persist_path="elsewhere", created_at="") as other:
+            assert other.config.max_entries == 10_000
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_attach_and_create_false_never_create(self, tier: str, store_dir: str) -> None:
+        for _ in range(2):
+            with pytest.raises(kv.PoolNotFoundError, match=f"'pool'.*{re.escape(store_dir)}"):
+                KVCachePool.attach("pool")
+            with pytest.raises(kv.PoolNotFoundError, match=f"'pool'.*{re.escape(store_dir)}"):
+                KVCachePool(make_config(tier=tier), create=False)
+            assert not os.path.exists(store_dir) or os.listdir(store_dir) == []
+            make_pool(name="other", tier=tier).close()  # second round: with a store
+        with make_pool(tier=tier), KVCachePool(make_config(tier=tier), create=False) as pool:
+            assert pool.name == "pool"
+
+    @pytest.mark.parametrize("make", [KVCachePool, lambda config: CacheStore().create(config)], ids=["pool", "store"])
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_unlink_before_and_after_close(self, make: Callable[[CachePoolConfig], KVCachePool], tier: str) -> None:
+        with make(make_config(tier=tier)) as pool:
+            pool.put("key", b"value")
+            pool.unlink()
+            assert CacheStore().list() == []
+            assert pool.get("key") == b"value"  # what is open stays
+            pool.unlink()
+        pool.unlink()
+        with make(make_config(tier=tier)) as pool:
+            assert len(pool) == 0
+        pool.unlink()
+        assert not os.path.exists(pool._path)
+
+    @pytest.mark.parametrize("tier", ["cpu", "nvme"])
+    def test_unlink_of_an_old_handle_leaves_the_next_pool_of_that_name(self, tier: str) -> None:
+        store = CacheStore()
+        old = store.create(make_config(tier=tier))
+        old.close()
+        store.delete("pool")
+        with store.create(make_config(tier=tier)):
+            old.unlink()
+            assert store.list() == ["pool"]
+
+    def test_close_twice_and_nested_contexts(self) -> None:
+        pool = make_pool()
+        with pool as same:
+            assert same is pool
+        pool.close()
+        pool.close()
+        with pytest.raises(kv.PoolClosedError, match="'pool'"):
+            pool.__enter__()
+
+    def test_a_pool_sent_to_a_spawned_process_opens_by_name(self, tmp_path: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        with KVCachePool(make_config(), store_path=tmp_path / "elsewhere") as pool:
+            process = context.Process(target=KVCachePool.put, args=(pool, "key", b"from the child"))
+            process.start()
+            process.join()
+            assert (process.exitcode, pool.get("key")) == (0, b"from the child")
+            process.close()
+            assert pool.get_stats()["attached_pids"] == [os.getpid()]
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+
+HOLDER = """
+import sys, kv_cache_manager as kv
+with kv.KVCachePool.attach(sys.argv[1]) as pool, pool.view("k") as view:
+    print("ready", flush=True)
+    sys.stdin.read()
+    print(bytes(view).decode(), flush=True)
+"""
+
+COMMANDS = ["create", "status", "list", "put", "get", "evict", "persist", "restore", "check", "delete", "prune"]
+COMMANDS += ["policies", "demo"]
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def cli(self, capsys, monkeypatch):
+        """Run `main` here: (exit code, stdout, stderr)."""
+
+        def run(*args: str, stdin: bytes = b"") -> tuple[int, str, str]:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            try:
+                code = main(list(args))
+            except SystemExit as stop:  # argparse
+                code = int(stop.code or 0)
+            return code, *capsys.readouterr()
+
+        return run
+
+    @pytest.fixture
+    def pool(self, store_dir) -> Iterator[KVCachePool]:
+        """A pool named p in the store, with "value" under k."""
+        with CacheStore(store_dir).create(make_config("p")) as pool:
+            pool.put("k", b"value", prefix_hash="head", priority=2)
+            yield pool
+
+    # --- what goes well -----------------------------------------------------------------------------------------------
+
+    def test_create_makes_a_pool_that_stays(self, cli, store_dir):
+        options = ["--policy", "fifo", "--tier", "nvme", "--block-size", "8K", "--max-entries", "5"]
+        code, out, err = cli("create", "p", "--size", "1M", *options, "--persist-path", store_dir + "/snap")
+        assert (code, out) == (0, "")
+        assert re.fullmatch(r"created p: 1\.0 MB, tier nvme, policy fifo, 127 blocks of 8\.0 KB\n", err)
+        with CacheStore(store_dir).get("p") as pool:
+            stats = pool.get_stats()
+            assert (stats["tier"], stats["policy"], stats["block_size"]) == ("nvme", "fifo", 8192)
+            assert (stats["max_entries"], pool.default_snapshot_path) == (5, store_dir + "/snap")
+
+    def test_create_has_defaults(self, cli, store_dir):
+        assert cli("create", "p", "--size", "1M")[0] == 0
+        with CacheStore(store_dir).get("p") as pool:
+            stats = pool.get_stats()
+        assert (stats["tier"], stats["policy"], stats["block_size"]) == ("cpu", "lru", 4096)
+
+    def test_status_shows_one_pool_a_line_for_each_and_json(self, cli, pool, store_dir):
+        CacheStore(store_dir).create(make_config("q", tier="nvme")).close()
+        code, out, err = cli("status")
+        head, *lines = out.splitlines()
+        assert (code, err) == (0, "")
+        assert head.split()[:3] == ["NAME", "TIER", "POLICY"]
+        assert [line.split()[:3] for line in lines] == [["p", "cpu", "lru"], ["q", "nvme", "lru"]]
+        code, out, err = cli("status", "p")
+        assert re.search(r"^entries: +1 of 16, 0 pinned$", out, re.MULTILINE)
+        assert (code, err) == (0, "")
+        assert json.loads(cli("status", "p", "--json")[1])["entry_count"] == 1
+        assert [stats["name"] for stats in json.loads(cli("status", "--json")[1])] == ["p", "q"]
+
+    def test_status_without_pools_says_where_it_looked(self, cli, store_dir):
+        assert cli("status") == (0, "", f"no pools in {os.path.realpath(store_dir)}\n")
+        assert json.loads(cli("status", "--json")[1]) == []
+
+    def test_status_shows_the_sound_pools_beside_a_damaged_one(self, cli, pool, store_dir):
+        CacheStore(store_dir).create(make_config("bad")).close()
+        path = Path(kv._segment_paths(os.path.realpath(store_dir), "bad")["cpu"])
+        with path.open("r+b") as file:
+            file.write(b"NOTAPOOL")
+        code, out, err = cli("status")
+        assert (code, out.split().count("p"), err.count("\n")) == (1, 1, 1)
+        assert err.startswith("bad: ")
+        assert cli("delete", "bad")[0] == 0
+
+    def test_list_shows_the_entries_next_victim_first(self, cli, pool):
+        pool.put("a\x1b[31m\nb", b"x" * 2048, layer_index=3, sequence_length=16)
+        pool.get("k")
+        code, out, err = cli("list", "p")
+        _, first, second = out.splitlines()
+        assert (code, err) == (0, "")
+        assert first.split()[:3] == ["a\\x1b[31m\\nb", "2.0", "KB"]
+        assert first.split()[-3:] == ["3", "16", "-"]
+        assert second.split()[0] == "k"
+        assert second.split()[-1] == "head"
+        assert [entry["key"] for entry in json.loads(cli("list", "p", "--json")[1])] == ["a\x1b[31m\nb", "k"]
+
+    def test_list_of_an_empty_pool_prints_no_data(self, cli, pool):
+        pool.clear()
+        assert cli("list", "p") == (0, "", "p has no entries\n")
+        assert cli("list", "p", "--json") == (0, "[]\n", "")
+
+    def test_put_stores_standard_input_or_a_file_with_metadata(self, cli, pool, tmp_path):
+        (tmp_path / "value").write_bytes(b"from a file")
+        meta = ["--prefix-hash", "h", "--priority", "-3", "--sequence-length", "16", "--layer-index", "4"]
+        assert cli("put", "p", "a", str(tmp_path / "value"), *meta) == (0, "", "stored a (11 B) in p\n")
+        assert cli("put", "p", "b", stdin=b"from a pipe") == (0, "", "stored b (11 B) in p\n")
+        assert cli("put", "p", "c", "-", stdin=b"dash")[0] == 0
+        assert [pool.get(key) for key in "abc"] == [b"from a file", b"from a pipe", b"dash"]
+        a = pool.entries["a"]
+        assert (a.prefix_hash, a.priority, a.sequence_length, a.layer_index) == ("h", -3, 16, 4)
+
+    def test_get_writes_standard_output_or_a_file(self, cli, pool, tmp_path):
+        assert cli("get", "p", "k") == (0, "value", "")
+        assert cli("get", "p", "k", "-") == (0, "value", "")
+        assert cli("get", "p", "k", str(tmp_path / "out")) == (0, "", "")
+        assert (tmp_path / "out").read_bytes() == b"value"
+        assert cli("get", "p", "nobody", str(tmp_path / "none"))[0] == 1
+        assert not (tmp_path / "none").exists()
+
+    def test_bytes_pass_through_real_processes_unchanged(self, pool):
+        value = payload("big", 40_000) + bytes(range(256))
+        assert run_cli("put", "p", "big", stdin=value).returncode == 0
+        assert run_cli("get", "p", "big").stdout == value
+
+    def test_evict_takes_its_share_by_policy(self, cli, pool):
+        for key in "abc":
+            pool.put(key, b"x")
+        assert cli("evict", "p", "--percent", "50") == (0, "", "evicted 2 entries of p, 2 left\n")
+        assert list(pool) == ["b", "c"]
+        assert cli("evict", "p", "--percent", "0") == (0, "", "evicted 0 entries of p, 2 left\n")
+        assert cli("evict", "p", "--percent", "100")[0] == len(pool) == 0
+
+    def test_persist_and_restore_by_name_and_by_path(self, cli, pool, tmp_path, store_dir):
+        code, out, err = cli("persist", "p")
+        assert (code, out) == (0, "")
+        assert f"to {os.path.realpath(store_dir)}/p.safetensors" in err
+        assert cli("persist", "p", "--path", str(tmp_path / "snap"))[0] == 0
+        pool.clear()
+        assert cli("restore", "p")[0] == 0  # into the pool that is there
+        assert pool.get("k") == b"value"
+        assert cli("delete", "p")[0] == 0
+        assert cli("restore", "p")[0] == 0  # into a new one
+        assert cli("get", "p", "k")[1] == "value"
+        options = ["--size", "2M", "--tier", "nvme", "--policy", "lfu", "--block-size", "8K", "--max-entries", "9"]
+        code, out, err = cli("restore", str(tmp_path / "snap"), "--name", "other", *options)
+        assert (code, out, err.startswith("restored 1 of 1 entry to other from ")) == (0, "", True)
+        stats = json.loads(cli("status", "other", "--json")[1])
+        assert (stats["tier"], stats["policy"], stats["block_size"], stats["max_entries"]) == ("nvme", "lfu", 8192, 9)
+
+    def test_restore_of_a_damaged_file_changes_nothing_and_salvage_takes_the_rest(self, cli, pool, tmp_path):
+        pool.put("z", payload("z", 5000))
+        path = tmp_path / "snap"
+        assert cli("persist", "p", "--path", str(path))[0] == 0
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1  # in the value of z, which comes last
+        path.write_bytes(content)
+        code, out, err = cli("restore", str(path), "--name", "q")
+        assert (code, out, err.count("\n"), "'z'" in err) == (1, "", 1, True)
+        assert cli("status", "q")[0] == 1
+        code, out, err = cli("restore", str(path), "--name", "q", "--salvage")
+        assert (code, err.startswith("restored 1 of 2 entries to q")) == (0, True)
+        assert cli("get", "q", "k")[1] == "value"
+
+    def test_check_finds_and_mends_damage(self, cli, pool, store_dir):
+        assert cli("check", "p") == (0, "", "p: sound\n")
+        assert json.loads(cli("check", "p", "--json")[1]) == {"name": "p", "problems": [], "fixed": False}
+        with open(kv._segment_paths(os.path.realpath(store_dir), "p")["cpu"], "r+b") as file:
+            file.seek(HEADER_SIZE)
+            file.write(b"\0")  # the block of k is free now, says the bitmap
+        code, out, err = cli("check", "p")
+        assert (code, bool(out), "found" in err, "fixed" in err) == (1, True, True, False)
+        code, out, err = cli("check", "p", "--fix", "--json")
+        result = json.loads(out)
+        assert (code, result["fixed"], bool(result["problems"])) == (0, True, True)
+        assert err.endswith("found and fixed\n")
+        assert cli("check", "p") == (0, "", "p: sound\n")
+        assert pool.get("k") == b"value"
+
+    def test_delete_removes_the_pool_and_a_second_time_fails(self, cli, pool, store_dir):
+        assert cli("delete", "p") == (0, "", "deleted p\n")
+        assert CacheStore(store_dir).list() == []
+        assert cli("delete", "p")[0] == 1
+
+    def test_prune_removes_segments_whose_store_is_gone(self, cli, pool, tmp_path):
+        CacheStore(tmp_path / "gone").create(make_config("lost")).close()
+        (segment,) = (os.path.basename(path) for path in segments_of(tmp_path / "gone"))
+        shutil.rmtree(tmp_path / "gone")
+        code, out, err = cli("prune")
+        assert (code, segment in out.split(), err.startswith("removed ")) == (0, True, True)
+        assert segments_of(tmp_path / "gone") == []
+        assert pool.get("k") == b"value"
+        assert segment not in json.loads(cli("prune", "--json")[1])
+
+    def test_policies_lists_every_policy(self, cli):
+        code, out, err = cli("policies")
+        names = [policy.value for policy in ALL_POLICIES]
+        assert (code, [line.split()[0] for line in out.splitlines()], err) == (0, names, "")
+        assert list(json.loads(cli("policies", "--json")[1])) == names
+
+    def test_demo_runs_with_real_processes_and_cleans_up(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        done = run_cli("demo")
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"blocks leaked: 0" in done.stdout
+        assert (list(tmp_path.iterdir()), segments_of(tmp_path)) == ([], [])
+
+    def test_demo_says_so_when_something_did_not_hold(self, cli, monkeypatch):
+        monkeypatch.setattr(kv, "_demo_tour", lambda store: False)
+        code, out, _ = cli("demo")
+        assert (code, "DID NOT HOLD" in out) == (1, True)
+
+    # --- around the commands ------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_command_explains_itself(self, cli, command):
+        code, out, err = cli(command, "--help")
+        assert (code, err, out.startswith(f"usage: cortex cache {command} ")) == (0, "", True)
+
+    def test_the_help_names_every_command_and_no_other(self, cli):
+        assert re.findall(r"^    (\w+) +\w", cli("--help")[1], re.MULTILINE) == COMMANDS
+        assert [name for name in vars(KVCacheCLI) if not name.startswith("_")] == COMMANDS
+
+    def test_a_leading_cache_is_accepted(self, cli, pool):
+        assert cli("cache", "get", "p", "k") == cli("get", "p", "k") == (0, "value", "")
+        assert cli("cache", "--version") == (0, f"kv-cache-manager {kv.__version__}\n", "")
+        assert run_cli("cache", "get", "p", "k").stdout == b"value"
+
+    def test_main_reads_the_arguments_of_the_process(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["cortex", "cache", "policies"])
+        assert main() == 0
+        assert capsys.readouterr().out.startswith("lru ")
+
+    def test_store_picks_another_directory(self, cli, pool, tmp_path):
+        other = str(tmp_path / "other")
+        assert cli("create", "p", "--size", "1M", "--store", other)[0] == 0
+        assert cli("list", "p", "--store", other) == (0, "", "p has no entries\n")
+        assert cli("get", "p", "k") == (0, "value", "")
+        assert cli("delete", "p", "--store", other)[0] == 0
+
+    def test_commands_can_be_called_with_plain_fields(self, store_dir, capsys, tmp_path):
+        shell = KVCacheCLI(store_dir)
+        name = argparse.Namespace(name="p")
+        fields = {"name": "p", "size": "1M", "tier": "cpu", "policy": "lru"}
+        assert shell.create(argparse.Namespace(**fields)) == 0
+        (tmp_path / "value").write_bytes(b"value")
+        assert shell.put(argparse.Namespace(name="p", key="k", file=str(tmp_path / "value"))) == 0
+        assert shell.get(argparse.Namespace(name="p", key="k")) == 0
+        assert shell.persist(name) == shell.status(name) == shell.list(name) == shell.check(name) == 0
+        assert shell.evict(argparse.Namespace(name="p", percent=100)) == 0
+        assert shell.restore(argparse.Namespace(path="p")) == 0
+        assert shell.delete(name) == shell.prune(argparse.Namespace()) == shell.policies(argparse.Namespace()) == 0
+        assert shell.status(argparse.Namespace(name=None)) == 0
+        assert "value" in capsys.readouterr().out
+
+    # --- what goes wrong ----------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize(
+        ("args", "named"),
+        [
+            ([], "COMMAND"),
+            (["frobnicate"], "'frobnicate'"),
+            (["create", "x"], "--size"),
+            (["create", "x", "--size", "1M", "--tier", "disk"], "'disk'"),
+            (["create", "x", "--size", "1M", "--policy", "mru"], "'mru'"),
+            (["create", "x", "--size", "1M", "--max-entries", "many"], "'many'"),
+            (["put", "p"], "KEY"),
+            (["evict", "p"], "--percent"),
+            (["evict", "p", "--percent", "half"], "'half'"),
+            (["put", "p", "k", "--priority", "1.5"], "'1.5'"),
+            (["get", "p", "k", "file", "surplus"], "surplus"),
+            (["delete"], "NAME"),
+        ],
+        ids=" ".join,
+    )
+    def test_wrong_usage_exits_with_2_and_names_what_is_wrong(self, cli, args, named):
+        code, out, err = cli(*args)
+        assert (code, out, err.startswith("usage: ")) == (2, "", True)
+        assert named in err.splitlines()[-1]
+
+    @pytest.mark.parametrize(
+        ("args", "exit_code", "named"),
+        [
+            (["create", "../x", "--size", "1M"], 2, "'../x'"),
+            (["create", "", "--size", "1M"], 2, "''"),
+            (["create", "x\ny", "--size", "1M"], 2, r"'x\ny'"),
+            (["create", "x", "--size", "lots"], 2, "'lots'"),
+            (["create", "x", "--size=-5G"], 2, "'-5G'"),
+            (["create", "x", "--size", "16383"], 2, "16383"),
+            (["create", "x", "--size", "9" * 5000], 2, "99999"),
+            (["create", "x", "--size", "1M", "--tier", "gpu"], 1, "gpu"),
+            (["create", "x", "--size", "1M", "--block-size", "1000"], 2, "1000"),
+            (["create", "x", "--size", "1M", "--max-entries", "0"], 2, "max_entries 0 "),
+            (["create", "p", "--size", "1M"], 1, "'p'"),
+            (["create", "x", "--size", "1M", "--store", MODULE], 1, MODULE),
+            (["status", "nobody"], 1, "'nobody'"),
+            (["status", "../x"], 2, "'../x'"),
+            (["list", "nobody"], 1, "'nobody'"),
+            (["put", "nobody", "k"], 1, "'nobody'"),
+            (["put", "p", ""], 2, "''"),
+            (["put", "p", "x" * 251], 2, "251"),
+            (["put", "p", "\udcff"], 2, r"'\udcff'"),
+            (["put", "p", "k", "/no/such/file"], 1, "/no/such/file"),
+            (["put", "p", "k", "/no/such\nfile"], 1, r"/no/such\nfile"),
+            (["put", "p", "k", MODULE], 1, "'k'"),  # larger than the pool
+            (["put", "p", "k", "--priority", str(1 << 63)], 2, str(1 << 63)),
+            (["put", "p", "k", "--sequence-length", "-1"], 2, "-1"),
+            (["put", "p", "k", "--prefix-hash", "x" * 400], 2, "400"),
+            (["get", "nobody", "k"], 1, "'nobody'"),
+            (["get", "p", "nobody"], 1, "'nobody'"),
+            (["get", "p", "no\nbody"], 1, r"'no\nbody'"),
+            (["get", "p", "k", "/no/such/file"], 1, "/no/such/file"),
+            (["evict", "nobody", "--percent", "5"], 1, "'nobody'"),
+            (["evict", "p", "--percent", "101"], 2, "101"),
+            (["evict", "p", "--percent", "nan"], 2, "nan"),
+            (["persist", "nobody"], 1, "'nobody'"),
+            (["persist", "p", "--path", MODULE + "/x"], 1, MODULE),
+            (["restore", "nobody"], 1, "'nobody'"),
+            (["restore", "/no/such/file"], 1, "/no/such/file"),
+            (["restore", MODULE], 1, MODULE),
+            (["check", "nobody"], 1, "'nobody'"),
+            (["delete", "nobody"], 1, "'nobody'"),
+            (["delete", "*"], 2, "'*'"),
+        ],
+        ids=lambda value: ascii(" ".join(value))[:60] if isinstance(value, list) else "",
+    )
+    def test_a_failure_is_one_line_that_names_the_value(self, cli, pool, args, exit_code, named):
+        code, out, err = cli(*args)
+        assert (code, out, err.count("\n")) == (exit_code, "", 1)
+        assert named in err
+        assert (pool.get("k"), len(pool), pool.check()) == (b"value", 1, [])
+        assert cli("status")[1].count("\n") == 2  # still the only pool
+
+    def test_a_failure_of_a_process_shows_no_traceback(self):
+        done = run_cli("list", "nobody")
+        assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
+        assert run_cli("bogus").returncode == 2
+
+    def test_keys_that_the_terminal_cannot_show_are_listed_all_the_same(self, pool, monkeypatch):
+        monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+        pool.put("ключ", b"x")
+        done = run_cli("list", "p")
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.count(b"\n") == 3
+
+    def test_ctrl_c_while_reading_exits_with_130_and_changes_nothing(self, pool):
+        command = [sys.executable, MODULE, "put", "p", "new"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None
+            try:
+                system_call = Path(f"/proc/{process.pid}/syscall")
+                while not re.match("(0|63) 0x0 ", system_call.read_text()):  # until it waits in read(0)
+                    assert process.poll() is None
+                process.send_signal(signal.SIGINT)
+                assert process.wait(60) == 130
+            finally:
+                process.kill()
+            assert process.stderr.read() == b"interrupted\n"
+        assert (list(pool), pool.check()) == (["k"], [])
+
+    def test_ctrl_c_inside_a_command_exits_with_130(self, cli, pool, monkeypatch):
+        def interrupt(self: KVCachePool, percent: float) -> int:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(KVCachePool, "evict", interrupt)
+        assert cli("evict", "p", "--percent", "5") == (130, "", "interrupted\n")
+
+    @pytest.mark.parametrize(
+        "args", [["policies"], ["get", "p", "k"], ["list", "p", "--json"], ["status"]], ids=" ".join
+    )
+    def test_a_reader_that_has_gone_is_no_error_to_shout_about(self, pool, args, monkeypatch):
+        monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            done = subprocess.run([sys.executable, MODULE, *args], stdout=writer, stderr=subprocess.PIPE, check=False)
+        finally:
+            os.close(writer)
+        assert (done.returncode, done.stderr) == (1, b"")
+
+    def test_head_takes_its_line_and_that_is_all(self, pool):
+        for number in range(12):
+            pool.put(f"key-{number}", b"x", prefix_hash="h" * 300)
+        script = '"$0" "$1" list p --json | head -n 1'
+        done = subprocess.run(["sh", "-c", script, sys.executable, MODULE], capture_output=True, check=False)
+        assert (done.stdout, done.stderr) == (b"[\n", b"")
+
+    @pytest.mark.parametrize("args", [["policies"], ["get", "p", "k"], ["list", "p", "--json"]], ids=" ".join)
+    def test_a_full_disk_behind_stdout_is_one_line(self, pool, args, monkeypatch):
+        monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run([sys.executable, MODULE, *args], stdout=full, stderr=subprocess.PIPE, check=False)
+        assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+        assert b"No space left on device" in done.stderr
+
+    def test_a_full_disk_behind_a_file_is_one_line(self, cli, pool):
+        code, out, err = cli("get", "p", "k", "/dev/full")
+        assert (code, out) == (1, "")
+        assert re.fullmatch(r"cortex cache: cannot write .*/dev/full.*: No space left on device\n", err)
+
+    # --- progress -----------------------------------------------------------------------------------------------------
+
+    @pytest.fixture
+    def clock(self, monkeypatch) -> list[float]:
+        """The time that the module sees, in its first element."""
+        now = [100.0]
+
+        class FakeTime:
+            monotonic = staticmethod(lambda: now[0])
+            time = staticmethod(time.time)
+
+        monkeypatch.setattr(kv, "time", FakeTime)
+        return now
+
+    @staticmethod
+    def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+        """A standard error that is a terminal, to be read back."""
+        screen = io.StringIO()
+        screen.isatty = lambda: True  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stderr", screen)
+        return screen
+
+    def test_progress_shows_after_a_second_and_ends_its_line(self, clock, monkeypatch):
+        terminal = self.terminal(monkeypatch)
+        progress = kv._ProgressLine("writing")
+        for seconds, done in ((0.9, 10 * KiB), (1.2, 20 * KiB), (1.25, 30 * KiB), (1.4, 40 * KiB), (1.41, 100 * KiB)):
+            clock[0] = 100 + seconds
+            progress(done, 100 * KiB)
+        assert terminal.getvalue().split("\r") == [
+            "",
+            "writing: 20.0 KB of 100.0 KB, 20 %",
+            "writing: 40.0 KB of 100.0 KB, 40 %",
+            "writing: 100.0 KB of 100.0 KB, 100 %\n",
+        ]
+
+    def test_what_is_quick_or_not_on_a_terminal_shows_no_progress(self, clock, monkeypatch):
+        terminal = self.terminal(monkeypatch)
+        quick, slow = kv._ProgressLine("quick"), kv._ProgressLine("slow")
+        clock[0] += 0.5
+        quick(10, 10)
+        monkeypatch.setattr(terminal, "isatty", lambda: False)
+        clock[0] += 5
+        slow(10, 10)
+        assert terminal.getvalue() == ""
+
+    def test_slow_commands_show_what_they_do(self, pool, tmp_path, monkeypatch):
+        terminal = self.terminal(monkeypatch)
+        ticks = iter(range(0, 1_000_000, 2))
+
+        class FakeTime:
+            monotonic = staticmethod(lambda: next(ticks))
+            time = staticmethod(time.time)
+
+        monkeypatch.setattr(kv, "time", FakeTime)
+        assert main(["create", "q", "--size", "1M"]) == 0
+        assert main(["persist", "p", "--path", str(tmp_path / "snap")]) == 0
+        assert main(["restore", str(tmp_path / "snap"), "--name", "r"]) == 0
+        shown = re.findall(r"\r(\w+): [\d.]+ [KM]?B of [\d.]+ [KM]?B, 100 %\n", terminal.getvalue())
+        assert {"reserving", "writing", "verifying"} <= set(shown)
+
+    # --- beside other processes ---------------------------------------------------------------------------------------
+
+    def test_every_command_works_on_a_pool_that_another_process_uses(self, cli, pool, monkeypatch):
+        monkeypatch.setenv("PYTHONPATH", str(Path(MODULE).parent))
+        command = [sys.executable, "-c", HOLDER, "p"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdin is not None
+            assert holder.stdout is not None
+            try:
+                assert holder.stdout.readline() == b"ready\n"
+                stats = json.loads(cli("status", "p", "--json")[1])
+                assert (stats["attached_pids"], stats["pinned_entries"]) == ([holder.pid], 1)
+                assert cli("put", "p", "other", stdin=b"x")[0] == 0
+                assert cli("put", "p", "k", stdin=b"new value")[0] == 0
+                assert cli("get", "p", "k") == (0, "new value", "")
+                assert cli("list", "p")[0] == 0
+                assert cli("persist", "p")[0] == 0
+                assert cli("evict", "p", "--percent", "100")[0] == 0
+                assert cli("restore", "p")[2].startswith("restored 2 of 2 entries")
+                assert cli("check", "p", "--fix") == (0, "", "p: sound\n")
+                assert cli("delete", "p")[0] == 0
+                assert cli("status", "p")[0] == 1
+            finally:
+                holder.stdin.close()
+            assert holder.stdout.read() == b"value\n"  # what it held in its hands all the time
+            assert holder.wait(60) == 0
+
+
+# ======================================================================================================================
+# README
+# ======================================================================================================================
+
+
+README = Path(__file__).with_name("README.md")
+
+
+@pytest.mark.skipif(not README.exists(), reason="runs beside the README only")
+class TestReadme:
+    def test_the_first_console_block_prints_what_it_says(self, tmp_path: Path) -> None:
+        block = re.search(r"```console\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+        commands = re.findall(r"^\$ (.*)$", block, re.MULTILINE)
+        script = f'cortex() {{ {sys.executable} {MODULE} "$@"; }}\n'
+        script += "\n".join(f"printf '%s\\n' {shlex.quote('$ ' + command)}\n{command}" for command in commands)
+        done = subprocess.run(
+            ["bash", "-ec", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True
+        )
+        assert done.stdout.decode() == block
+
+    def test_every_command_and_option_is_documented(self) -> None:
+        text = README.read_text()
+        parser = kv.build_parser()
+        commands = next(action.choices for action in parser._actions if action.dest == "command")
+        for name, sub in commands.items():
+            assert f"`{name}" in text, f"README says nothing of the command {name}"
+            for action in sub._actions:
+                for option in action.option_strings:
+                    if option not in ("-h", "--help") and option.startswith("--") and name != "put":
+                        assert option in text, f"README says nothing of {name} {option}"
+
+    def test_every_public_method_and_statistic_is_documented(self) -> None:
+        text = README.read_text()
+        for name in dir(KVCachePool):
+            if not name.startswith("_") and name not in ("default_snapshot_path",):
+                assert name in text, f"README says nothing of KVCachePool.{name}"
+        with make_pool() as pool:
+            for key in pool.get_stats():
+                assert key in text, f"README says nothing of the statistic {key}"
