@@ -52,6 +52,7 @@ records and pins; they are reclaimed when somebody opens the pool, needs their r
 
 from __future__ import annotations
 
+import array
 import atexit
 import builtins
 import contextlib
@@ -76,7 +77,7 @@ import weakref
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from enum import Enum
 from fractions import Fraction
@@ -130,19 +131,21 @@ PRESENCE_BYTE = 1 << 60  # lock offsets, far behind any file
 SESSION_BYTE = PRESENCE_BYTE + 1
 
 # state, owner session, size, start block, number of blocks, hash of key, hash of prefix, next in key chain, next and
-# previous in prefix chain, unused, created, accessed, sequence length, layer, sessions that pin it (128 bits), lengths
-# of key, prefix and tensor description, unused, priority (for the eviction node, once the entry is complete)
+# previous in prefix chain, CRC-32 of the value (0: not known), created, accessed, sequence length, layer, sessions that
+# pin it (128 bits), lengths of key, prefix and tensor description, unused, priority (for the eviction node, once the
+# entry is complete)
 RECORD = struct.Struct("<IIqIIIIIIIIddqqIIIIHHHHq")
 RECORD_BYTES = 440
 RECORD_TEXT = RECORD_BYTES - RECORD.size
 R_STATE, R_OWNER, R_START, R_BLOCKS, R_KEY_HASH, R_PREFIX_HASH = 0, 1, 4, 5, 6, 7  # in 32-bit halves
-R_KEY_NEXT, R_PREFIX_NEXT, R_PREFIX_PREV, R_PINS, R_LENGTHS = 8, 9, 10, 20, 24
-W_SIZE, W_CREATED, W_ACCESSED, W_SEQUENCE_LENGTH, W_LAYER, W_PINS, W_PRIORITY = 1, 6, 7, 8, 9, 10, 13  # in 64-bit words
+R_KEY_NEXT, R_PREFIX_NEXT, R_PREFIX_PREV, R_CHECKSUM, R_PINS, R_LENGTHS = 8, 9, 10, 11, 20, 24
+W_SIZE, W_CREATED, W_ACCESSED, W_SEQUENCE_LENGTH, W_LAYER, W_PINS, W_PRIORITY = 1, 6, 7, 8, 9, 10, 13  # in words
 HALVES_PER_RECORD = RECORD_BYTES // 4
 FREE, WRITING, COMPLETE, CONDEMNED = range(4)
 
 COPY_UNDER_LOCK = 64 << 10  # bytes; a larger value is copied outside the lock
 COPY_CHUNK = 1 << 20
+PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits for room before it fails
 RESERVE_CHUNK = 256 << 20
 UNFINISHED_SECONDS = 60  # how old an unfinished segment must be for `prune` to take it for abandoned
 I64_MIN, I64_MAX = -(1 << 63), (1 << 63) - 1
@@ -265,6 +268,7 @@ class CacheEntry:
     layer_index: int = 0
     dtype: str = ""  # safetensors name such as "BF16"; empty: plain bytes
     shape: tuple[int, ...] = ()
+    framework: str = ""  # what was stored: "numpy", "torch", ...; empty: bytes, or not known
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -367,6 +371,7 @@ DTYPE_BYTES = {
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]*")
+FRAMEWORKS = ("", "numpy", "torch", "transformers", "json")
 
 
 @dataclass(frozen=True)
@@ -377,7 +382,7 @@ class EntryMeta:
     priority: int = 0
     sequence_length: int = 0
     layer_index: int = 0
-    tensor: bytes = b""  # "BF16 2 16 64": dtype and shape; empty for plain bytes
+    tensor: bytes = b""  # "torch:BF16 2 16 64": framework, dtype and shape; empty for plain bytes
 
     @classmethod
     def of(
@@ -390,6 +395,7 @@ class EntryMeta:
         layer_index: int = 0,
         dtype: str = "",
         shape: Sequence[int] = (),
+        framework: str = "",
     ) -> EntryMeta:
         """Check the metadata of a value of `size` bytes to be stored under `key`."""
         if not isinstance(prefix_hash, str):
@@ -411,7 +417,9 @@ class EntryMeta:
                 )
             if dtype in DTYPE_BYTES and math.prod(lengths) * DTYPE_BYTES[dtype] != size:
                 raise InvalidArgumentError(f"a value of {size} bytes is no {dtype} tensor of shape {lengths}")
-            tensor = " ".join([dtype, *map(str, lengths)]).encode()
+            if framework not in FRAMEWORKS:
+                raise InvalidArgumentError(f"framework {_show(framework)} must be one of {', '.join(FRAMEWORKS[1:])}")
+            tensor = " ".join([f"{framework}:{dtype}", *map(str, lengths)]).encode()
         total = len(key) + len(prefix) + len(tensor)
         if total > RECORD_TEXT:
             raise InvalidArgumentError(
@@ -428,6 +436,15 @@ class EntryMeta:
 
 
 NO_META = EntryMeta()
+META_NAMES = ("prefix_hash", "priority", "sequence_length", "layer_index", "dtype", "shape", "framework")
+
+
+def _checked_meta(key: bytes, size: int, meta: Mapping[str, Any]) -> EntryMeta:
+    """The keyword arguments of `put` and `reserve`, checked."""
+    unknown = meta.keys() - set(META_NAMES)
+    if unknown:
+        raise InvalidArgumentError(f"an entry has no {', '.join(sorted(unknown))}; it has {', '.join(META_NAMES)}")
+    return EntryMeta.of(key, size, **meta)
 
 
 @dataclass(frozen=True)
@@ -881,16 +898,36 @@ class EvictionManager:
         if before == behind:
             self._drop_bucket(bucket)
 
+    def touch_path_locked(self, path: Sequence[int]) -> None:
+        """Count a use of the slots of one path, root first, so that under every policy a child goes before its parent.
+
+        The deepest is queued first, under FIFO too; and no parent keeps a lower use count or priority than its child.
+        """
+        least_count, least_priority = 0, I64_MIN
+        for slot in reversed(path):
+            _, count, priority = self.numbers_locked(slot)
+            least_count, least_priority = max(count + 1, least_count), max(priority, least_priority)
+            self.unlink_locked(slot)
+            self.stamp_locked(slot, least_count, least_priority)
+            self.link_locked(slot)
+
     def victims_locked(self) -> Iterator[int]:
         """Slots, next victim first. The order must not change meanwhile."""
         halves = self._halves
+        left = 2 * self.num_slots  # links that go in a circle must not hang anybody
         bucket = halves[_RING + _HIGHER]
         while bucket != _RING:
             node = halves[bucket + _FIRST]
             while node != bucket:
                 yield (node - self._nodes) // _NODE_HALVES
                 node = halves[node + _NEXT]
+                left -= 1
+                if not left:
+                    raise IndexError
             bucket = halves[bucket + _HIGHER]
+            left -= 1
+            if not left:
+                raise IndexError
 
     def sort_key_locked(self, slot: int) -> tuple[int, int]:
         """What the order sorts by: (policy key, sequence number)."""
@@ -904,14 +941,24 @@ class EvictionManager:
         words[_FREE_BUCKET] = 0
         words[_TOP_BUCKET] = 0
         ordered = sorted(slots, key=self.sort_key_locked)
-        words[_CLOCK] = max([words[_CLOCK], *(self.numbers_locked(slot)[0] for slot in ordered)])
+        for number, slot in enumerate(ordered, 1):
+            sequence, count, _ = self.numbers_locked(slot)
+            if not (0 <= sequence < 1 << 62 and 0 <= count < 1 << 62):  # stray writes; no pool gets that far
+                words[(self._node(slot) >> 1) + _SEQUENCE] = number
+                words[(self._node(slot) >> 1) + _COUNT] = 0
+        ordered.sort(key=self.sort_key_locked)
+        last = max((self.numbers_locked(slot)[0] for slot in ordered), default=0)
+        words[_CLOCK] = max(words[_CLOCK], last) if 0 <= words[_CLOCK] < 1 << 62 else last
         for slot in ordered:
             self.link_locked(slot)
 
     def check_locked(self, slots: Iterable[int]) -> list[str]:
         """Problems found when comparing the order with these slots, which are the ones that should be in it."""
         expected = sorted(slots, key=self.sort_key_locked)
-        found = list(itertools.islice(self.victims_locked(), len(expected) + 1))
+        try:
+            found = list(itertools.islice(self.victims_locked(), len(expected) + 1))
+        except IndexError:
+            return ["the eviction order leads out of the index"]
         if found == expected:
             return []
         return [f"eviction order lists slots {found[:8]}..., the records say {expected[:8]}..."]
@@ -1295,14 +1342,16 @@ class EntryTable:
         halves, memory = self.halves, self.memory
         key_hash = zlib.crc32(key)
         slot = halves[self._key_heads + key_hash % self.num_slots]
-        while slot:
+        for _ in range(self.num_slots):  # links that go in a circle must not hang anybody
+            if not slot:
+                return 0
             record = self._records + slot * HALVES_PER_RECORD
             if halves[record + R_KEY_HASH] == key_hash:
                 text = 4 * record + RECORD.size
                 if memory[text : text + len(key)] == key and halves[record + R_LENGTHS] & 0xFFFF == len(key):
                     return slot
             slot = halves[record + R_KEY_NEXT]
-        return 0
+        raise IndexError
 
     def claim(self, key: bytes, size: int, start: int, num_blocks: int, owner: int, meta: EntryMeta) -> int:
         """Make a WRITING record; returns its slot, 0 if all are taken."""
@@ -1357,7 +1406,9 @@ class EntryTable:
         halves = self.halves
         record = self.record(slot)
         link = self._key_heads + halves[record + R_KEY_HASH] % self.num_slots
-        while halves[link] != slot:
+        for _ in range(self.num_slots):
+            if halves[link] == slot:
+                break
             link = self.record(halves[link]) + R_KEY_NEXT
         halves[link] = halves[record + R_KEY_NEXT]
         before, behind = halves[record + R_PREFIX_PREV], halves[record + R_PREFIX_NEXT]
@@ -1371,14 +1422,16 @@ class EntryTable:
     def find_prefix(self, prefix: bytes) -> list[int]:
         """Slots of the entries with that prefix hash, oldest first. O(their number)."""
         prefix_hash = zlib.crc32(prefix)
-        slots = []
+        slots: list[int] = []
         slot = self.halves[self._prefix_heads + prefix_hash % self.num_slots]
-        while slot:
+        for _ in range(self.num_slots):
+            if not slot:
+                return slots[::-1]
             record = self.record(slot)
             if self.halves[record + R_PREFIX_HASH] == prefix_hash and self.texts(slot)[1] == prefix:
                 slots.append(slot)
             slot = self.halves[record + R_PREFIX_NEXT]
-        return slots[::-1]
+        raise IndexError
 
     def texts(self, slot: int) -> tuple[bytes, bytes, bytes]:
         """(key, prefix hash, tensor description)."""
@@ -1522,7 +1575,7 @@ class SnapshotEntry:
         e = self.entry
         return [
             f"{self.crc32 or 0:08x}", e.key, e.prefix_hash, e.created_at, e.last_accessed, e.access_count, e.priority,
-            e.sequence_length, e.layer_index, bool(e.dtype),
+            e.sequence_length, e.layer_index, f"{e.framework}:" if e.dtype else "",
         ]  # fmt: skip
 
 
@@ -1636,9 +1689,14 @@ def _write_values(
 class Snapshot:
     """A snapshot file open for reading. Its header is checked when it is opened, its values by `verify`."""
 
-    def __init__(self, path: str) -> None:
-        """FileNotFoundError if there is no such file, CorruptionError if it is not a whole safetensors file."""
+    def __init__(self, path: str, salvage: bool = False) -> None:
+        """FileNotFoundError if there is no such file, CorruptionError if it is not a whole safetensors file.
+
+        With `salvage` the values may be cut, or followed by something else; the header must be whole.
+        """
         self.path = path
+        self.num_described = 0
+        self._salvage = salvage
         self.config: CachePoolConfig | None = None  # None: written by another program
         self.entries: list[SnapshotEntry] = []
         self._file: BinaryIO | None = None
@@ -1678,7 +1736,8 @@ class Snapshot:
         except CorruptionError:
             raise
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-            raise CorruptionError(f"the header of {self.path} is damaged: {error or type(error).__name__}") from None
+            why = str(error) or type(error).__name__
+            raise CorruptionError(f"the header of {self.path} is damaged or not for a pool: {why}") from None
 
     def _take_header(self, raw: bytes, file_bytes: int) -> None:
         data_at = 8 + len(raw)
@@ -1701,35 +1760,40 @@ class Snapshot:
             self.config = CachePoolConfig.from_dict(json.loads(metadata["cortex_config"]))
             if about.keys() != header.keys():
                 raise ValueError("its entries and its tensors differ")
+        self.num_described = len(header)
         end = 0
         now = time.time()
         for name, tensor in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
             begin, stop = tensor["data_offsets"]
-            if check_int("offset", begin, 0) != end or check_int("offset", stop, begin) > file_bytes - data_at:
+            beyond = check_int("offset", stop, begin) > file_bytes - data_at
+            if beyond and self._salvage:
+                return
+            if check_int("offset", begin, 0) != end or beyond:
                 raise CorruptionError(
                     f"{self.path} is cut or damaged: entry {name!r} lies at {begin} to {stop}, after {end} of "
                     f"{file_bytes - data_at} bytes"
                 )
             end = stop
             size = stop - begin
-            checksum, is_tensor = None, True
+            checksum, described = None, ":"
             entry = CacheEntry(name, "", data_at + begin, size, now, now)
             if ours:
                 (text, entry.key, entry.prefix_hash, entry.created_at, entry.last_accessed, entry.access_count,
-                 entry.priority, entry.sequence_length, entry.layer_index, is_tensor) = about[name]  # fmt: skip
+                 entry.priority, entry.sequence_length, entry.layer_index, described) = about[name]  # fmt: skip
                 checksum = int(text, 16)
                 if not all(
                     type(t) in (int, float) and math.isfinite(t) for t in (entry.created_at, entry.last_accessed)
                 ):
                     raise ValueError(f"entry {name!r} has times that are none")
                 check_int("access count", entry.access_count, 0)
-            if is_tensor:
+            if described:
                 entry.dtype, entry.shape = tensor["dtype"], tuple(tensor["shape"])
+                entry.framework = described[:-1]
             elif (tensor["dtype"], tensor["shape"]) != ("U8", [size]):
                 raise ValueError(f"entry {name!r} is not plain bytes")
             snapshot_meta(entry)
             self.entries.append(SnapshotEntry(entry, checksum))
-        if end != file_bytes - data_at:
+        if end != file_bytes - data_at and not self._salvage:
             raise CorruptionError(
                 f"{self.path} has {file_bytes} bytes, its header describes {data_at + end}: not whole"
             )
@@ -1789,7 +1853,15 @@ def snapshot_meta(entry: CacheEntry) -> EntryMeta:
     """The metadata of an entry, checked, for storing it."""
     e = entry
     return EntryMeta.of(
-        encode_key(e.key), e.size, e.prefix_hash, e.priority, e.sequence_length, e.layer_index, e.dtype, e.shape
+        encode_key(e.key),
+        e.size,
+        e.prefix_hash,
+        e.priority,
+        e.sequence_length,
+        e.layer_index,
+        e.dtype,
+        e.shape,
+        e.framework,
     )
 
 
@@ -1861,6 +1933,8 @@ def _open_segment(
     paths = _segment_paths(store_path, name)
     new = None
     if config is not None:
+        if isinstance(config.eviction_policy, EvictionPolicy):
+            config = replace(config, eviction_policy=config.eviction_policy.value)
         if config.tier == "gpu":
             raise UnsupportedError(
                 "tier 'gpu' is not built yet: it needs CUDA memory shared between processes; use cpu, or nvme"
@@ -1906,7 +1980,14 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
     gap in which a lock could stay held: unlocking what is not locked does no harm. A wrapper of our own around both,
     used with `with`, would have one, at the first instruction of its `__exit__`.
     """
-    ends_something = method.__name__ in ("_unpin", "_commit", "_join", "_leave")  # done for views of a closed pool too
+    ends_something = method.__name__ in (
+        "_unpin",
+        "_unpin_many",
+        "_close_path",
+        "_commit",
+        "_join",
+        "_leave",
+    )  # done for views of a closed pool too
 
     @functools.wraps(method)
     def locked(self: KVCachePool, *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -1927,6 +2008,11 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                 return method(self, *args, **kwargs)
             except CacheError:
                 raise
+            except (IndexError, ValueError, OverflowError) as error:  # somebody else has written into the index
+                self._words[DIRTY] = 1
+                raise CorruptionError(
+                    f"the index of pool {self.name!r} is damaged; the next call rebuilds it from the records: try again"
+                ) from error
             except BaseException:
                 self._untidy = True
                 raise
@@ -1940,8 +2026,17 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
 class _ViewRef(weakref.ref):  # type: ignore[type-arg]
     """Tells when the last user of a view has gone."""
 
-    __slots__ = ("token",)
-    token: int
+    token: int = 0
+    pool: weakref.ref[KVCachePool] | None = None  # set once the pool is closed
+
+
+def _view_gone_after_close(ref: _ViewRef) -> None:
+    """Let go of a closed pool when its last view has gone; not a place to wait for locks, so the way of the dead."""
+    pool = ref.pool() if ref.pool is not None else None
+    if pool is not None:
+        pool._gone_views.append(ref)
+        if not pool._is_locked and {gone.token for gone in pool._gone_views}.issuperset(pool._holds):
+            pool.__del__()
 
 
 class _View(contextlib.AbstractContextManager["memoryview | None"]):
@@ -2103,7 +2198,7 @@ class KVCachePool:
         self._pins: dict[int, int] = {}  # slot -> how many of our tokens pin it
         self._view_refs: dict[int, _ViewRef] = {}
         self._pins_by_key: dict[bytes, list[int]] = {}
-        self._tokens = itertools.count(1)
+        self._tokens = itertools.count(1, 1 << 32)  # a path uses the numbers from its token on
         self._gone_views: deque[_ViewRef] = deque()
         self._untidy = True  # joins at the first lock
         self._memory, self._words = segment.memory, segment.words
@@ -2141,9 +2236,14 @@ class KVCachePool:
                 raise CacheError(f"pool {self.name!r} was closed by a signal handler that interrupted a call to it")
             self._closing = True
             self._unpin_all()
-            if self._gone_views:  # views dropped after a first close
+            if self._gone_views:
                 self._join()
             self._close_if_unused()
+            for token, ref in list(self._view_refs.items()):
+                owner = ref()
+                if owner is not None:
+                    self._view_refs[token] = last = _ViewRef(owner, _view_gone_after_close)
+                    last.token, last.pool = token, weakref.ref(self)
 
     def unlink(self) -> None:
         """Delete the pool, closed or not; other handles keep what they see until they are closed."""
@@ -2601,11 +2701,11 @@ class KVCachePool:
         """Do what the move journal says, from the piece where it stands."""
         words, geometry = self._words, self._geometry
         slot, start, target = words[MOVE_SLOT], words[MOVE_FROM], words[MOVE_TO]
-        if not slot:
-            return
         record = self._table.record(slot)
-        if self._table.halves[record + R_START] == start:
+        if 0 < slot <= self._table.num_slots and self._table.halves[record + R_START] == start:
             num_blocks = self._table.halves[record + R_BLOCKS]
+            if not 0 <= target <= geometry.num_blocks - num_blocks:
+                raise CorruptionError(f"pool {self.name!r} has a damaged journal: delete it")
             piece = start - target if 0 < start - target < num_blocks else num_blocks
             while (done := words[MOVE_DONE]) < num_blocks:
                 count = min(piece, num_blocks - done)
@@ -2656,14 +2756,36 @@ class KVCachePool:
         else:
             data = as_bytes(data)
             size = data.nbytes
-        checked = EntryMeta.of(encoded, size, **meta) if meta else NO_META
+        checked = _checked_meta(encoded, size, meta) if meta else NO_META
         return self._store(encoded, data, size, checked)
+
+    def _patiently(self, attempt: Callable[[], _R], size: int) -> _R:
+        """Repeat an attempt to store that found no room, while copies under way elsewhere may be what is in the way.
+
+        Copies take microseconds to milliseconds; pins that last longer are real, and the attempt fails.
+        """
+        result = attempt()
+        if not result and self._geometry.blocks_for(size) <= self._geometry.num_blocks:
+            started, pause = time.monotonic(), 1e-4
+            while not result and self._segment is not None:
+                others_write = self._words[NUM_BUSY] > len(self._writes)
+                if time.monotonic() - started > (PATIENCE_FOR_WRITES if others_write else PATIENCE_FOR_PINS):
+                    break
+                time.sleep(pause)
+                pause = min(2 * pause, 0.005)
+                result = attempt()
+        return result
+
+    def _reserve(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
+        """(offset, size) of a place for a value, known by `token`; None if it can't be stored."""
+        return self._patiently(lambda: self._reserve_once(key, size, meta, token), size)
 
     def _store(self, key: bytes, data: Any, size: int, meta: EntryMeta) -> bool:
         token = next(self._tokens)
         try:
             if size <= COPY_UNDER_LOCK:
-                return self._put_small(key, data, size, meta, token)
+                stored = self._put_small(key, data, size, meta, token)
+                return stored or self._patiently(lambda: self._put_small(key, data, size, meta, token), size)
             place = self._reserve(key, size, meta, token)
             if place is None:
                 return False
@@ -2687,8 +2809,7 @@ class KVCachePool:
         return True
 
     @_locked
-    def _reserve(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
-        """(offset, size) of a place for a value, known by `token`; None if it can't be stored."""
+    def _reserve_once(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
         slot = self._reserve_locked(key, size, meta, token)
         return (self._offset(slot), size) if slot else None
 
@@ -2699,8 +2820,10 @@ class KVCachePool:
         access_count: int | None = None,
         times: tuple[float, float] | None = None,
         keep_pinned: bool = False,
+        checksum: int = 0,
     ) -> None:
         """Make the value that `token` reserves an entry; `keep_pinned`: the token goes on as a pin."""
+        self._table.halves[self._table.record(self._holds[token]) + R_CHECKSUM] = checksum
         slot = self._commit_locked(token, access_count, times)
         if keep_pinned:
             self._pin_locked(slot, token)
@@ -2766,7 +2889,7 @@ class KVCachePool:
         self._check_open()
         encoded = encode_key(key)
         size = check_int("size", size, 0)
-        return _Reservation(self, encoded, size, EntryMeta.of(encoded, size, **meta))
+        return _Reservation(self, encoded, size, _checked_meta(encoded, size, meta))
 
     def _offset(self, slot: int) -> int:
         """Where a value begins, in bytes from the start of the segment."""
@@ -2855,10 +2978,12 @@ class KVCachePool:
         return memoryview(PickleBuffer(owner))
 
     def _close_view(self, token: int, view: memoryview) -> None:
+        owner = view.obj  # kept until its reference has been dropped
         if _take_back(view):  # else the pin stays until the arrays that were made from it go
             if token in self._holds:
                 self._release_pin(token)
             self._view_refs.pop(token, None)
+        del owner
 
     def pin(self, key: str) -> bool:
         """Keep the value that is there now from being evicted or moved until `unpin` or `close`; False if none is.
@@ -2891,6 +3016,114 @@ class KVCachePool:
         if tokens:
             self._unpin_locked(tokens[0])
         return bool(tokens)
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def put_tensor(self, key: str, tensor: Any, **meta: Any) -> bool:
+        """`put` for a numpy array or a torch tensor in main memory; dtype and shape are kept, in snapshots too.
+
+        Any dtype of safetensors, bf16 and fp8 among them. Copied once, or twice if it is not contiguous.
+        """
+        framework, dtype, shape, data = tensor_parts(tensor)
+        encoded = encode_key(key)
+        described = {"dtype": dtype, "shape": shape, "framework": framework}
+        checked = _checked_meta(encoded, data.nbytes, {**meta, **described})
+        return self._store(encoded, data, data.nbytes, checked)
+
+    def get_tensor(self, key: str, framework: str | None = None) -> Any:
+        """A copy of a value as what was stored, a numpy array or a torch tensor; None on a miss.
+
+        `framework`: "numpy" or "torch" to get that instead. A value stored as plain bytes comes as one dimension of U8.
+        """
+        with self.view_tensor(key, framework) as tensor:
+            if tensor is None:
+                return None
+            return tensor.clone() if hasattr(tensor, "clone") else tensor.copy()
+
+    @contextlib.contextmanager
+    def view_tensor(self, key: str, framework: str | None = None) -> Iterator[Any]:
+        """Context manager giving a value in place, as `get_tensor` gives a copy; None on a miss.
+
+        Read-only: numpy enforces that. torch can't; and a tensor must not be used after the block.
+        """
+        self._check_open()
+        reader = _View(self, encode_key(key))
+        with reader as view:
+            if view is None:
+                yield None
+            else:
+                entry = self._describe_held(reader.token)
+                yield as_tensor(view, entry.dtype, entry.shape, framework or entry.framework)
+
+    # --- paths -------------------------------------------------------------------------------------------------------
+
+    @_locked
+    def touch(self, keys: Sequence[str]) -> int:
+        """Count a use of the entries of one path, root first, up to the first that is missing; returns how many.
+
+        Under every policy the deepest goes first when room is needed, and a parent never before its child.
+        """
+        return len(self._touch_path_locked(self._path_locked([encode_key(key) for key in keys])))
+
+    @_locked
+    def count_path(self, keys: Sequence[str]) -> int:
+        """How many of these keys are there before the first that is missing; changes nothing."""
+        return len(self._path_locked([encode_key(key) for key in keys]))
+
+    def _path_locked(self, keys: Iterable[bytes]) -> list[int]:
+        return list(itertools.takewhile(bool, map(self._table.find, keys)))
+
+    def _touch_path_locked(self, path: list[int]) -> list[int]:
+        self._words[DIRTY] = 1
+        self._order.touch_path_locked(path)
+        self._words[DIRTY] = 0
+        now = time.time()
+        for slot in path:
+            self._table.floats[(self._table.record(slot) >> 1) + W_ACCESSED] = now
+        return path
+
+    @_locked
+    def _open_path(self, keys: Sequence[bytes], token: int) -> list[tuple[memoryview, CacheEntry, int]]:
+        """Pin and use the leading run of these keys: (view, entry, checksum) of each; pins are token, token + 1, ..."""
+        assert self._segment is not None
+        path = self._touch_path_locked(self._path_locked(keys))
+        self._words[HITS] += len(path)
+        self._words[MISSES] += len(path) < len(keys)
+        opened = []
+        for number, slot in enumerate(path):
+            entry = self._entry_locked(slot)
+            view = self._lend(self._segment.read_only, entry.offset, entry.size, token + number)
+            self._pin_locked(slot, token + number)
+            opened.append((view, entry, self._table.halves[self._table.record(slot) + R_CHECKSUM]))
+        return opened
+
+    @_locked
+    def _close_path(self, views: Sequence[memoryview], token: int) -> None:
+        for number, view in enumerate(views):
+            if _take_back(view) and token + number in self._holds:
+                self._unpin_locked(token + number)
+            self._view_refs.pop(token + number, None)
+
+    @_locked
+    def _unpin_many(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            if token in self._holds:
+                self._unpin_locked(token)
+
+    @property
+    def _buffer(self) -> memoryview:
+        assert self._segment is not None
+        return self._segment.buffer
+
+    @_locked
+    def _pin_same(self, key: bytes, size: int, tensor: bytes, token: int) -> bool:
+        """Pin the entry if it is there with that size and tensor description."""
+        slot = self._table.find(key)
+        same = slot and self._words[(self._table.record(slot) >> 1) + W_SIZE] == size
+        if not same or self._table.texts(slot)[2] != tensor:
+            return False
+        self._pin_locked(slot, token)
+        return True
 
     # --- removing ----------------------------------------------------------------------------------------------------
 
@@ -2978,7 +3211,8 @@ class KVCachePool:
         table = self._table
         word = table.record(slot) >> 1
         key, prefix, tensor = table.texts(slot)
-        dtype, *shape = tensor.decode().split(" ")
+        framework, _, described = tensor.decode().partition(":")
+        dtype, *shape = described.split(" ")
         _, count, priority = self._order.numbers_locked(slot)
         return CacheEntry(
             key.decode(),
@@ -2993,6 +3227,7 @@ class KVCachePool:
             table.words[word + W_LAYER],
             dtype,
             tuple(map(int, shape)),
+            framework,
         )
 
     @_locked
@@ -3145,6 +3380,15 @@ class KVCachePool:
         found = restore_snapshot(check_path(path), _real_store_path(store_path), True, name, changes, salvage, progress)
         return found[0] if found else None
 
+    def _restore_order(self, snapshot: Snapshot, items: list[SnapshotEntry]) -> list[SnapshotEntry]:
+        """First what this pool's policy would evict first, so that where room is short the right ones stay."""
+        policy = self._order.policy
+        if snapshot.config is not None and snapshot.config.eviction_policy == policy.value:
+            return items  # in that order already
+        recency = operator.attrgetter("created_at" if policy is EvictionPolicy.FIFO else "last_accessed")
+        rank = POLICY_KEY[policy]
+        return sorted(items, key=lambda i: (rank(i.entry.access_count, i.entry.priority), recency(i.entry)))
+
     def _take(self, snapshot: Snapshot, item: SnapshotEntry) -> bool:
         """Store one value of a snapshot."""
         entry = item.entry
@@ -3200,6 +3444,69 @@ def as_bytes(data: Any) -> memoryview:
     return view
 
 
+_NUMPY_DTYPES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16", "int32": "I32",
+    "uint32": "U32", "float32": "F32", "int64": "I64", "uint64": "U64", "float64": "F64",
+}  # fmt: skip
+_TORCH_DTYPES = _NUMPY_DTYPES | {"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+_DTYPE_NAMES = {safetensors: name for name, safetensors in _TORCH_DTYPES.items()}
+
+
+def tensor_parts(tensor: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
+    """(framework, safetensors dtype, shape, bytes) of a numpy array or torch tensor; the bytes are not copied."""
+    if hasattr(tensor, "untyped_storage"):
+        import torch
+
+        name = str(tensor.dtype).removeprefix("torch.")
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or name not in _TORCH_DTYPES:
+            raise InvalidArgumentError(
+                f"a {tensor.layout} tensor of {name} on {tensor.device} can't be stored: make it dense, in main "
+                f"memory, of one of {', '.join(_TORCH_DTYPES)}"
+            )
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        return "torch", _TORCH_DTYPES[name], tuple(tensor.shape), memoryview(flat.numpy())
+    if not hasattr(tensor, "__array_interface__"):
+        raise InvalidArgumentError(f"a {type(tensor).__name__} is neither a numpy array nor a torch tensor")
+    import numpy
+
+    values: Any = numpy.asarray(tensor)
+    if values.dtype.name not in _NUMPY_DTYPES:
+        raise InvalidArgumentError(f"numpy dtype {values.dtype} is none of {', '.join(_NUMPY_DTYPES)}: put its bytes")
+    native = numpy.ascontiguousarray(values, dtype=values.dtype.newbyteorder("="))
+    return (
+        "numpy",
+        _NUMPY_DTYPES[values.dtype.name],
+        values.shape,
+        memoryview(cast(Any, native.reshape(-1).view("uint8"))),
+    )
+
+
+def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: str) -> Any:
+    """An array over `view`: of torch if `framework` says so, or if numpy lacks the dtype; else of numpy."""
+    if not dtype:
+        dtype, shape = "U8", (len(view),)
+    if framework not in FRAMEWORKS:
+        raise InvalidArgumentError(f"framework {_show(framework)} must be numpy or torch")
+    name = _DTYPE_NAMES.get(dtype)
+    if name is None or (framework == "numpy" and name not in _NUMPY_DTYPES):
+        raise InvalidArgumentError(
+            f"{framework or 'numpy'} has no {dtype}: use framework='torch', or view for its bytes"
+        )
+    if framework in ("torch", "transformers") or name not in _NUMPY_DTYPES:
+        import warnings
+
+        import torch
+
+        with warnings.catch_warnings():  # that the buffer is read-only is known
+            warnings.simplefilter("ignore")
+            if not len(view):
+                return torch.empty(shape, dtype=getattr(torch, name))
+            return torch.frombuffer(view, dtype=getattr(torch, name)).view(shape)
+    import numpy
+
+    return numpy.frombuffer(view, dtype=name).reshape(shape)
+
+
 def restore_snapshot(
     path: str,
     store_path: str,
@@ -3211,14 +3518,16 @@ def restore_snapshot(
 ) -> tuple[KVCachePool, int, int] | None:
     """(pool, entries restored, entries that the file describes); None if there is no such file. See `restore`."""
     try:
-        snapshot = Snapshot(path)
+        snapshot = Snapshot(path, salvage)
     except FileNotFoundError:
         return None
     with snapshot:
         intact = snapshot.verify(salvage, progress)
         config = snapshot.config
         if config is None:  # another program's file
-            stem = os.path.basename(path).removesuffix(SNAPSHOT_SUFFIX)
+            stem = name or os.path.basename(path).removesuffix(SNAPSHOT_SUFFIX)
+            if not _NAME.fullmatch(stem):
+                raise InvalidArgumentError(f"the file {path!r} is not called as a pool may be: give a name (--name)")
             room = sum(-(-item.entry.size // BLOCK_SIZE) + 1 for item in intact) * BLOCK_SIZE
             smallest = HEADER_SIZE + BITMAP_SIZE + MIN_NUM_BLOCKS * BLOCK_SIZE
             config = CachePoolConfig(stem, smallest + room + room // 1000, max_entries=max(10000, len(intact)))
@@ -3241,13 +3550,13 @@ def restore_snapshot(
                     pool = KVCachePool._open(store_path, config.name, config, **how)
                     made = True
         try:
-            stored = [item.entry.key for item in intact if pool._take(snapshot, item)]
+            stored = [item.entry.key for item in pool._restore_order(snapshot, intact) if pool._take(snapshot, item)]
         except BaseException:
             if made:
                 pool.unlink()
             pool.close()
             raise
-        return pool, sum(key in pool for key in stored), len(snapshot.entries)
+        return pool, sum(key in pool for key in stored), snapshot.num_described
 
 
 def _after_fork() -> None:
@@ -3268,6 +3577,376 @@ def _close_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_after_fork)
+
+
+# ======================================================================================================================
+# Prefix cache
+# ======================================================================================================================
+
+
+def model_fingerprint(path: str | os.PathLike[str]) -> str:
+    """A namespace for `PrefixCache` from a model on disk: a digest of its config, tokenizer and weight files.
+
+    `path` is a directory, or one file such as a GGUF. The names and contents of small files count whole; of files above
+    1 MiB (weights) the size and the first, middle and last MiB, so that it takes milliseconds. Add the dtype that the
+    model runs in, if it may differ.
+    """
+    root = Path(check_path(path))
+    with _os_errors(f"read the model {root}"):
+        wanted = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".pt", ".jinja")
+        files = [root] if root.is_file() else sorted(f for f in root.iterdir() if f.is_file() and f.suffix in wanted)
+        if not files:
+            raise InvalidArgumentError(f"{root} holds no model files ({', '.join(wanted)})")
+        digest = hashlib.sha256()
+        for file in files:
+            size = file.stat().st_size
+            digest.update(_framed(file.name.encode()) + struct.pack("<Q", size))
+            with file.open("rb") as data:
+                for at in (0,) if size <= 1 << 20 else (0, size // 2, size - (1 << 20)):
+                    data.seek(at)
+                    digest.update(data.read(1 << 20))
+    return digest.hexdigest()[:32]
+
+
+def _framed(data: bytes) -> bytes:
+    """Bytes behind their length, so that no two sequences of them run together into the same bytes."""
+    return struct.pack("<Q", len(data)) + data
+
+
+def _token_bytes(tokens: Any) -> bytes:
+    """Token ids as 32-bit little-endian words."""
+    if hasattr(tokens, "detach"):  # torch
+        tokens = tokens.detach().cpu().numpy()
+    if hasattr(tokens, "__array_interface__"):
+        import numpy
+
+        tokens = numpy.asarray(tokens)
+        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+            raise InvalidArgumentError(f"tokens of {tokens.dtype}, shape {tokens.shape}, must be integers in one row")
+        if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= 1 << 32):
+            raise InvalidArgumentError(
+                f"tokens from {tokens.min()} to {tokens.max()} must be from 0 to {(1 << 32) - 1}"
+            )
+        return bytes(tokens.astype("<u4").tobytes())
+    try:
+        words = array.array("I", tokens)
+    except (TypeError, OverflowError) as error:
+        raise InvalidArgumentError(f"tokens must be integers from 0 to {(1 << 32) - 1} in one row: {error}") from None
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tobytes()
+
+
+class PrefixCache:
+    """The KV of token prefixes in a pool, in blocks of `block_size` tokens, found again by any process.
+
+    The hash of a block covers the hash of the block before it: an equal hash means an equal whole prefix. Blocks of one
+    prefix are shared by all prompts that begin with it. `namespace` names the weights (`model_fingerprint`): the KV of
+    another model, block size or salt is never found. `salt` keeps tenants apart, who could otherwise tell from the time
+    an answer takes what others have asked (CVE-2025-46570). With `verify`, blocks are stored with a CRC-32, and one
+    that does not match it when loaded is dropped and counts as missing.
+
+    Hashes (SHA-256, hex): root = H(frame("cortex-prefix-1") frame(namespace) frame(salt) block_size), where frame(x) is
+    the length of x as 8 bytes, then x; block = H(hash of the parent, 32 bytes; token ids, 4 bytes each). All integers
+    are little-endian. Namespace "m", no salt, block size 2, tokens 1, 2, 3, 4, 5 give
+    91e18dc874bf41fdb9637d26499f92f0d33830c4d1a5bb667cbed5fce07d1c8b
+    2c59e6d00bdf1ee3614cb74b21adccc465239eb54f682464288083b58eedf02e
+
+    Statistics are those of this object; the pool has its own. Methods may be called from several threads.
+    """
+
+    def __init__(
+        self, pool: KVCachePool, *, namespace: str, block_size: int = 16, salt: str = "", verify: bool = False
+    ) -> None:
+        if not isinstance(namespace, str) or not namespace or not isinstance(salt, str):
+            raise InvalidArgumentError(
+                f"namespace {_show(namespace)} must be a str that names the weights, salt {_show(salt)} a str"
+            )
+        self.pool = pool
+        self.block_size = check_int("block_size", block_size, 1, 1 << 20)
+        self.verify = verify
+        parts = [_framed(part.encode()) for part in ("cortex-prefix-1", namespace, salt)]
+        self._root = hashlib.sha256(b"".join(parts) + struct.pack("<Q", self.block_size)).digest()
+        self._prefix_hash = self._root.hex()[:16]
+        self._lock = threading.Lock()
+        names = ("tokens_requested", "tokens_hit", "blocks_stored", "blocks_shared", "bytes_saved")
+        self._counts = dict.fromkeys(names, 0)
+
+    # --- blocks ------------------------------------------------------------------------------------------------------
+
+    def compute_block_hashes(self, tokens: Any) -> list[str]:
+        """The hash of each full block, root first. Tokens: list, tuple, numpy array or torch tensor of ids.
+
+        ValueError for ids that are negative or beyond 32 bits. The same in every process, platform and Python.
+        """
+        data = memoryview(_token_bytes(tokens))
+        step = 4 * self.block_size
+        parent, sha256 = self._root, hashlib.sha256
+        hashes = []
+        for at in range(0, len(data) - step + 1, step):
+            parent = sha256(parent + data[at : at + step]).digest()
+            hashes.append(parent.hex())
+        return hashes
+
+    def match(self, tokens: Any) -> int:
+        """How many of these tokens are cached, as a leading run of whole blocks. Changes nothing."""
+        return self.pool.count_path(self.compute_block_hashes(tokens)) * self.block_size
+
+    def lookup(self, hashes: Sequence[str]) -> tuple[list[Any], int]:
+        """(copies of the blocks of the leading run that is there, how many tokens they cover)."""
+        with self._open(hashes) as opened:
+            blocks = [_copy_block(view, entry) for view, entry in opened]
+        self._count(tokens_requested=len(hashes) * self.block_size, tokens_hit=len(blocks) * self.block_size)
+        return blocks, len(blocks) * self.block_size
+
+    def insert(self, hashes: Sequence[str], blocks: Sequence[Any], priority: int = 0) -> int:
+        """Store a block for each hash that is not there yet; returns how many were stored.
+
+        A block is bytes, a numpy array, a torch tensor, or what JSON can hold. Stops at the first that does not fit.
+        """
+        if len(hashes) != len(blocks):
+            raise InvalidArgumentError(f"{len(hashes)} hashes and {len(blocks)} blocks must be as many")
+        parts = [_block_parts(block) for block in blocks]
+        kinds = [(data.nbytes, dtype, shape, framework) for framework, dtype, shape, data in parts]
+
+        def write(number: int, target: memoryview) -> None:
+            target[:] = parts[number][3]
+
+        return self._insert(hashes, kinds, write, priority)
+
+    def _insert(
+        self,
+        hashes: Sequence[str],
+        kinds: Sequence[tuple[int, str, tuple[int, ...], str]],
+        write: Callable[[int, memoryview], None],
+        priority: int,
+    ) -> int:
+        """Store the blocks that are missing: (size, dtype, shape, framework) of each; `write` fills one.
+
+        The path so far is pinned, so that it is not evicted for its own tail. A kill in between leaves a shorter path.
+        """
+        pool, stored, shared, saved = self.pool, 0, 0, 0
+        tokens: list[int] = []
+        try:
+            for number, (key, (size, dtype, shape, framework)) in enumerate(zip(hashes, kinds, strict=True)):
+                encoded = encode_key(key)
+                length = (number + 1) * self.block_size
+                meta = EntryMeta.of(encoded, size, self._prefix_hash, priority, length, 0, dtype, shape, framework)
+                tokens.append(token := next(pool._tokens))
+                if pool._pin_same(encoded, size, meta.tensor, token):
+                    shared, saved = shared + 1, saved + size
+                    continue
+                place = pool._reserve(encoded, size, meta, token)
+                if place is None:
+                    break
+                with pool._buffer[place[0] : place[0] + size] as target:
+                    write(number, target)
+                    checksum = zlib.crc32(target) if self.verify else 0
+                pool._commit(token, keep_pinned=True, checksum=checksum)
+                stored += 1
+            pool.touch(hashes[: stored + shared])
+        except BaseException:
+            for token in tokens:
+                pool._abandon(token)
+            raise
+        pool._unpin_many(tokens)
+        self._count(blocks_stored=stored, blocks_shared=shared, bytes_saved=saved)
+        return stored
+
+    @contextlib.contextmanager
+    def _open(self, hashes: Sequence[str]) -> Iterator[list[tuple[memoryview, CacheEntry]]]:
+        """The leading run of these blocks, pinned and intact."""
+        pool = self.pool
+        token = next(pool._tokens)
+        opened = pool._open_path([encode_key(key) for key in hashes], token)
+        try:
+            intact = []
+            for view, entry, checksum in opened:
+                if self.verify and checksum and zlib.crc32(view) != checksum:
+                    pool.delete(entry.key)
+                    break
+                intact.append((view, entry))
+            yield intact
+        finally:
+            pool._close_path([view for view, _, _ in opened], token)
+
+    # --- the KV of a model -------------------------------------------------------------------------------------------
+
+    def store(self, tokens: Any, kv: Any, priority: int = 0) -> int:
+        """Store the KV of `tokens` in full blocks, as far as they are not there yet; returns how many were stored.
+
+        `kv` is a `DynamicCache` of transformers, with one row of tokens for each row of its batch, none of them padded;
+        or an array of numpy or torch of shape (layers, 2, heads, tokens, head size). It may hold more or fewer tokens:
+        what both have counts. UnsupportedError for layers that do not keep the KV of every token.
+        """
+        if hasattr(kv, "layers"):
+            layers = _dense_layers(kv)
+            num_rows = len(layers[0][0]) if layers else 0
+            rows = list(tokens) if _is_batch(tokens) else [tokens]
+            if layers and len(rows) != num_rows:
+                raise InvalidArgumentError(
+                    f"{len(rows)} rows of tokens need a cache of that batch size, not {num_rows}"
+                )
+            if not layers:
+                return 0
+            return sum(self._store_row(row, [(k[i], v[i]) for k, v in layers], priority) for i, row in enumerate(rows))
+        if getattr(kv, "ndim", 0) != 5 or kv.shape[1] != 2:
+            shape = tuple(getattr(kv, "shape", ()))
+            raise InvalidArgumentError(
+                f"kv of shape {shape} must be a DynamicCache or of (layers, 2, heads, tokens, head size)"
+            )
+        framework, dtype, shape, _ = tensor_parts(kv[:, :, :, : self.block_size])
+        hashes = self.compute_block_hashes(tokens)[: kv.shape[3] // self.block_size]
+        step = self.block_size
+
+        def write(number: int, target: memoryview) -> None:
+            as_tensor(target, dtype, shape, framework)[...] = kv[:, :, :, number * step : (number + 1) * step]
+
+        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        return self._insert(hashes, [(size, dtype, shape, framework)] * len(hashes), write, priority)
+
+    def _store_row(self, tokens: Any, layers: list[tuple[Any, Any]], priority: int) -> int:
+        """Store the KV of one row: (keys, values) of each layer, of shape (heads, tokens, head size)."""
+        heads, num_tokens, head_size = layers[0][0].shape
+        step = self.block_size
+        hashes = self.compute_block_hashes(tokens)[: num_tokens // step]
+        dtype = _TORCH_DTYPES[str(layers[0][0].dtype).removeprefix("torch.")]
+        shape = (len(layers), 2, heads, step, head_size)
+
+        def write(number: int, target: memoryview) -> None:
+            block = as_tensor(target, dtype, shape, "torch")
+            for index, layer in enumerate(layers):
+                for which, states in enumerate(layer):
+                    block[index, which] = states[:, number * step : (number + 1) * step]
+
+        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        return self._insert(hashes, [(size, dtype, shape, "transformers")] * len(hashes), write, priority)
+
+    def load(self, tokens: Any, batch_size: int = 1) -> tuple[Any, int]:
+        """(the KV of the longest cached prefix of `tokens`, how many tokens it covers); (None, 0) if there is none.
+
+        It comes as what was stored: pass a `DynamicCache` to `generate(ids, past_key_values=kv)`. It is a fresh one for
+        each call, for generate changes it; for `batch_size` prompts that begin with these tokens it is one copy.
+        It never covers all of `tokens`: the model must see the last one to go on from it. Blocks of another dtype or
+        layer shape than the first end the run.
+        """
+        check_int("batch_size", batch_size, 1)
+        if _is_batch(tokens):
+            raise InvalidArgumentError("tokens must be one row: load the prefix that the rows share, with batch_size")
+        hashes = self.compute_block_hashes(tokens)
+        with self._open(hashes) as opened:
+            kinds = [(entry.framework, entry.dtype, entry.shape) for _, entry in opened]
+            usable = len(list(itertools.takewhile(lambda kind: kind == kinds[0], kinds))) if kinds else 0
+            num_tokens = min(usable * self.block_size, len(tokens) - 1)
+            if num_tokens <= 0 or len(kinds[0][2]) != 5:
+                num_tokens, kv = 0, None
+            else:
+                kv = _join_blocks([view for view, _ in opened[:usable]], *kinds[0], num_tokens)
+        self._count(tokens_requested=len(tokens), tokens_hit=num_tokens)
+        if kv is not None and kinds[0][0] == "transformers":
+            return _dynamic_cache(kv, batch_size), num_tokens
+        return kv, num_tokens
+
+    def warm(self, prompts: Iterable[Any], compute: Callable[[Any], Any], priority: int = 0) -> int:
+        """Store the KV, `compute(tokens)`, of prompts that are not cached yet; returns how many were computed."""
+        computed = 0
+        for tokens in prompts:
+            if self.match(tokens) < len(tokens) // self.block_size * self.block_size:
+                self.store(tokens, compute(tokens), priority)
+                computed += 1
+        return computed
+
+    def get_stats(self) -> dict[str, Any]:
+        """What this object did: tokens_requested, tokens_hit, hit_rate (of tokens), blocks_stored, blocks_shared (found
+        stored already), bytes_saved (by sharing); and blocks, those of this namespace in the pool now."""
+        with self._lock:
+            counts = dict(self._counts)
+        requested = counts["tokens_requested"]
+        rate = counts["tokens_hit"] / requested if requested else 0.0
+        return {**counts, "hit_rate": rate, "blocks": len(self.pool.find_by_prefix(self._prefix_hash))}
+
+    def _count(self, **changes: int) -> None:
+        with self._lock:
+            for name, change in changes.items():
+                self._counts[name] += change
+
+
+def _is_batch(tokens: Any) -> bool:
+    if isinstance(tokens, (list, tuple)):
+        return bool(tokens) and hasattr(tokens[0], "__len__")
+    return bool(getattr(tokens, "ndim", 1) == 2)
+
+
+def _block_parts(block: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
+    """(framework, dtype, shape, bytes) of a block given to `insert`."""
+    if hasattr(block, "__array_interface__") or hasattr(block, "untyped_storage"):
+        return tensor_parts(block)
+    if isinstance(block, (dict, list, str, int, float)):
+        data = json.dumps(block).encode()
+        return "json", "U8", (len(data),), memoryview(data)
+    return "", "", (), memoryview(bytes(as_bytes(block)))
+
+
+def _copy_block(view: memoryview, entry: CacheEntry) -> Any:
+    if entry.framework == "json":
+        return json.loads(bytes(view))
+    if not entry.dtype:
+        return bytes(view)
+    tensor = as_tensor(view, entry.dtype, entry.shape, entry.framework)
+    return tensor.clone() if hasattr(tensor, "clone") else tensor.copy()
+
+
+def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tuple[int, ...], num_tokens: int) -> Any:
+    """One array of `num_tokens` tokens from blocks of shape (layers, 2, heads, block size, head size): one copy."""
+    blocks = [as_tensor(view, dtype, shape, framework) for view in views]
+    whole = (*shape[:3], num_tokens, shape[4])
+    if framework == "numpy":
+        import numpy
+
+        joined = numpy.empty(whole, blocks[0].dtype)
+    else:
+        import torch
+
+        joined = torch.empty(whole, dtype=blocks[0].dtype)
+    for number, block in enumerate(blocks):
+        at = number * shape[3]
+        end = min(at + shape[3], num_tokens)
+        joined[:, :, :, at:end] = block[:, :, :, : end - at]
+    return joined
+
+
+def _dense_layers(cache: Any) -> list[tuple[Any, Any]]:
+    """(keys, values) of each layer of a transformers cache; UnsupportedError if a layer does not keep every token."""
+    from transformers.cache_utils import DynamicLayer
+
+    layers = []
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer:
+            raise UnsupportedError(
+                f"layer {number} is a {type(layer).__name__}, which does not keep the keys and values of every token "
+                "as they are (sliding window, linear attention, quantized, static): it can't be cached in blocks"
+            )
+        if layer.is_initialized and layer.get_seq_length():
+            layers.append((layer.keys, layer.values))
+    shapes = {(tuple(states.shape), states.dtype) for layer in layers for states in layer}
+    if len(shapes) > 1 or (layers and len(layers) != len(cache.layers)):
+        raise UnsupportedError(f"the layers differ in shape or dtype, or some are empty: {sorted(map(str, shapes))}")
+    return layers
+
+
+def _dynamic_cache(kv: Any, batch_size: int) -> Any:
+    """A DynamicCache over an array of shape (layers, 2, heads, tokens, head size), without a copy."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache()
+    for keys, values in kv:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys = keys.expand(batch_size, *keys.shape)
+        layer.values = values.expand(batch_size, *values.shape)
+        cache.layers.append(layer)
+    return cache
 
 
 # ======================================================================================================================
@@ -3816,7 +4495,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kv-cache-manager {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     store_help = "store directory (default: $CORTEX_CACHE_DIR or ~/.config/cortex/kv_cache)"
-    common.add_argument("--store", metavar="DIR", help=store_help)
+    parser.add_argument("--store", metavar="DIR", help=store_help)
+    common.add_argument("--store", metavar="DIR", help=store_help, default=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, *, json_too: bool = False) -> argparse.ArgumentParser:

