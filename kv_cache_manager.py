@@ -4442,6 +4442,8 @@ def _demo_tour(store: CacheStore) -> bool:
     numbers = [int(key.removeprefix("block-")) for key in pool]
     with fork.Pool(3) as readers:
         results = readers.starmap(_demo_reader, [(store.store_path, numbers)] * 3)
+        readers.close()  # the end of the `with` block would kill them, maybe while they hold the pool's own semaphore
+        readers.join()
     wrong = sum(result[1] for result in results)
     rate = speed(sum(len(numbers) * DEMO_BLOCK / seconds for seconds, _ in results), 1)
     _out(f"share     3 processes read {len(numbers)} blocks each at {rate} together, {_plural(wrong, 'wrong block')}")

@@ -1759,13 +1759,18 @@ class TestCrashes:
 
         In a process without coverage measurement, whose own locks would not survive it.
         """
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+        environment = without_coverage()
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(MODULE).parent), str(Path(__file__).parent)])
         code = f"import {Path(__file__).stem} as tests; tests.interrupt_storm()"
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False
         )
         assert (done.returncode, done.stderr.decode()) == (0, "")
+
+
+def without_coverage() -> dict[str, str]:
+    """The environment for a process that must not be measured, or would be for minutes."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COV")}
 
 
 def interrupt_storm() -> None:
@@ -3160,7 +3165,7 @@ class TestTransformers:
             if importlib.util.find_spec(module) is None:
                 pytest.skip(f"{module} is not installed: the example with a real model is left out")
         command = [sys.executable, str(example), "--tokens", "608", "--size", "256M"]
-        done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=300, env=without_coverage())
         assert done.returncode == 0, done.stderr[-2000:]
         assert "607 tokens reused" in done.stdout
         assert "the 32 tokens are equal" in done.stdout
