@@ -3463,7 +3463,7 @@ def tensor_parts(tensor: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
                 f"a {tensor.layout} tensor of {name} on {tensor.device} can't be stored: make it dense, in main "
                 f"memory, of one of {', '.join(_TORCH_DTYPES)}"
             )
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        flat = tensor.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
         return "torch", _TORCH_DTYPES[name], tuple(tensor.shape), memoryview(flat.numpy())
     if not hasattr(tensor, "__array_interface__"):
         raise InvalidArgumentError(f"a {type(tensor).__name__} is neither a numpy array nor a torch tensor")
@@ -3629,8 +3629,10 @@ def _token_bytes(tokens: Any) -> bytes:
             )
         return bytes(tokens.astype("<u4").tobytes())
     try:
+        if not isinstance(tokens, (list, tuple, range)):
+            raise TypeError(f"a {type(tokens).__name__} is no list, tuple, numpy array or torch tensor")
         words = array.array("I", tokens)
-    except (TypeError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidArgumentError(f"tokens must be integers from 0 to {(1 << 32) - 1} in one row: {error}") from None
     if sys.byteorder == "big":
         words.byteswap()
@@ -3658,9 +3660,10 @@ class PrefixCache:
     def __init__(
         self, pool: KVCachePool, *, namespace: str, block_size: int = 16, salt: str = "", verify: bool = False
     ) -> None:
-        if not isinstance(namespace, str) or not namespace or not isinstance(salt, str):
+        texts = isinstance(namespace, str) and isinstance(salt, str)
+        if not texts or not namespace or not (namespace + salt).isprintable():
             raise InvalidArgumentError(
-                f"namespace {_show(namespace)} must be a str that names the weights, salt {_show(salt)} a str"
+                f"namespace {_show(namespace)} must be a printable str that names the weights, salt {_show(salt)} too"
             )
         self.pool = pool
         self.block_size = check_int("block_size", block_size, 1, 1 << 20)

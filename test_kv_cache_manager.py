@@ -2838,7 +2838,9 @@ class TestPrefixCache:
             assert cache.compute_block_hashes(self.TOKENS[:-3]) == hashes[:4]
             assert cache.compute_block_hashes([]) == []
 
-    @pytest.mark.parametrize("bad", [[-1] * 4, [1 << 32] * 4, [0.5] * 4, ["a"], None, [[1, 2], [3, 4]], 7], ids=repr)
+    @pytest.mark.parametrize(
+        "bad", [[-1] * 4, [1 << 32] * 4, [0.5] * 4, ["a"], None, [[1, 2], [3, 4]], 7, b"8 bytes.", {1, 2}], ids=repr
+    )
     def test_bad_tokens(self, bad: Any) -> None:
         numpy = pytest.importorskip("numpy")
         with make_pool() as pool:
@@ -2848,7 +2850,13 @@ class TestPrefixCache:
 
     def test_bad_construction(self) -> None:
         with make_pool() as pool:
-            for bad in ({"namespace": ""}, {"namespace": None}, {"salt": 1}, {"block_size": 0}):
+            for bad in (
+                {"namespace": ""},
+                {"namespace": None},
+                {"namespace": "\ud800"},
+                {"salt": 1},
+                {"block_size": 0},
+            ):
                 with pytest.raises(CacheError):
                     make_prefix_cache(pool, **bad)
 
