@@ -541,7 +541,7 @@ class BitmapAllocator:
         num_blocks = check_int("num_blocks", num_blocks, 1, self.num_blocks)
         start_block = check_int("start_block", start_block, 0, self.num_blocks - num_blocks)
         with self._lock:
-            if self._runs_in(start_block, num_blocks, in_use=False):
+            if self._any_free(start_block, num_blocks):
                 raise InvalidArgumentError(
                     f"blocks {start_block} to {start_block + num_blocks - 1} are not all allocated: a double free?"
                 )
@@ -679,11 +679,10 @@ class BitmapAllocator:
             at = data.find(zeros, end)
         return None
 
-    def _runs_in(self, start: int, num_blocks: int, in_use: bool) -> bool:
-        """Whether any of these blocks is in use, or free."""
+    def _any_free(self, start: int, num_blocks: int) -> bool:
+        """Whether any of these blocks is free."""
         shift = start & 7
-        free = self._free_bits(start - shift, start + num_blocks) >> shift
-        return free != (1 << num_blocks) - 1 if in_use else free != 0
+        return self._free_bits(start - shift, start + num_blocks) >> shift != 0
 
     def _mark(self, start: int, num_blocks: int, in_use: bool) -> None:
         bits = self._bits
