@@ -145,6 +145,7 @@ FREE, WRITING, COMPLETE, CONDEMNED = range(4)
 
 COPY_UNDER_LOCK = 64 << 10  # bytes; a larger value is copied outside the lock
 COPY_CHUNK = 1 << 20
+FAULT_AROUND = 64 << 10  # bytes; a read fault maps all pages of such a window, a write fault just one page
 PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits for room before it fails
 RESERVE_CHUNK = 256 << 20
 UNFINISHED_SECONDS = 60  # how old an unfinished segment must be for `prune` to take it for abandoned
@@ -594,6 +595,12 @@ class BitmapAllocator:
     def find_locked(self, num_blocks: int) -> int | None:
         """The start of the lowest free run of `num_blocks`, left free."""
         counters = self._counters
+        first = counters[1]
+        end = first + num_blocks
+        if end <= self.num_blocks:  # most often the first free block begins a run that is long enough
+            bits = int.from_bytes(self._bits[first >> 3 : (end + 7) >> 3], "little") >> (first & 7)
+            if not bits & ((1 << num_blocks) - 1):
+                return first
         if num_blocks >= counters[2] or num_blocks > self.num_blocks - counters[0]:
             return None
         start = self._find_short(num_blocks) if num_blocks < 15 else self._find_long(num_blocks)
@@ -685,18 +692,10 @@ class BitmapAllocator:
         return self._free_bits(start - shift, start + num_blocks) >> shift != 0
 
     def _mark(self, start: int, num_blocks: int, in_use: bool) -> None:
-        bits = self._bits
-        last = start + num_blocks - 1
-        low, high = start >> 3, last >> 3
-        head = 0xFF << (start & 7) & 0xFF
-        tail = (2 << (last & 7)) - 1
-        if low == high:
-            head = tail = head & tail
-        bits[low] = bits[low] | head if in_use else bits[low] & ~head
-        if low != high:
-            bits[high] = bits[high] | tail if in_use else bits[high] & ~tail
-            if high - low > 1:
-                bits[low + 1 : high] = (b"\xff" if in_use else b"\0") * (high - low - 1)
+        low, end = start >> 3, (start + num_blocks + 7) >> 3
+        mask = ((1 << num_blocks) - 1) << (start & 7)
+        bits = int.from_bytes(self._bits[low:end], "little")
+        self._bits[low:end] = (bits | mask if in_use else bits & ~mask).to_bytes(end - low, "little")
 
 
 # ======================================================================================================================
@@ -741,6 +740,8 @@ class EvictionManager:
             self.policy = EvictionPolicy(policy)
         except ValueError:
             raise InvalidArgumentError(f"policy {_show(policy)} must be an EvictionPolicy") from None
+        self._key_of = POLICY_KEY[self.policy]
+        self._is_fifo, self._is_lfu = self.policy is EvictionPolicy.FIFO, self.policy is EvictionPolicy.LFU
         self._lock = threading.Lock()
         self._slot_of: dict[str, int] = {}
         self._entry_of: dict[int, CacheEntry] = {}
@@ -831,7 +832,7 @@ class EvictionManager:
     def stamp_locked(self, slot: int, count: int, priority: int) -> None:
         """Give a slot its numbers: the next sequence number, a use count, a priority."""
         words = self._words
-        word = self._node(slot) >> 1
+        word = (self._nodes + slot * _NODE_HALVES) >> 1
         words[_CLOCK] = sequence = words[_CLOCK] + 1
         words[word + _SEQUENCE] = sequence
         words[word + _COUNT] = count
@@ -839,15 +840,16 @@ class EvictionManager:
 
     def numbers_locked(self, slot: int) -> tuple[int, int, int]:
         """(sequence number, use count, priority) of a slot."""
-        word = self._node(slot) >> 1
-        return self._words[word + _SEQUENCE], self._words[word + _COUNT], self._words[word + _PRIORITY]
+        word = (self._nodes + slot * _NODE_HALVES) >> 1
+        sequence, count, priority = self._words[word + _SEQUENCE : word + _PRIORITY + 1]
+        return sequence, count, priority
 
     def link_locked(self, slot: int) -> None:
         """Put a stamped slot into the order, behind all others of its key."""
-        halves = self._halves
-        word = self._node(slot) >> 1
-        key = POLICY_KEY[self.policy](self._words[word + _COUNT], self._words[word + _PRIORITY])
-        words = self._words
+        halves, words = self._halves, self._words
+        node = self._nodes + slot * _NODE_HALVES
+        word = node >> 1
+        key = self._key_of(words[word + _COUNT], words[word + _PRIORITY])
         bucket = halves[_RING + _LOWER]  # the highest one; restored entries come in ascending order
         if bucket != _RING and words[(bucket >> 1) + _KEY] > key:
             bucket = halves[_RING + _HIGHER]
@@ -857,7 +859,7 @@ class EvictionManager:
                 bucket = halves[bucket + _LOWER]
         if bucket == _RING or words[(bucket >> 1) + _KEY] != key:
             bucket = self._new_bucket(bucket, key)
-        self._append(self._node(slot), bucket)
+        self._append(node, bucket)
 
     def unlink_locked(self, slot: int) -> None:
         """Take a slot out of the order."""
@@ -875,14 +877,13 @@ class EvictionManager:
         node = self._nodes + slot * _NODE_HALVES
         word = node >> 1
         words[word + _COUNT] = count = words[word + _COUNT] + 1
-        policy = self.policy
-        if policy is EvictionPolicy.FIFO:
+        if self._is_fifo:
             return
         words[_CLOCK] = sequence = words[_CLOCK] + 1
         words[word + _SEQUENCE] = sequence
         bucket = target = halves[node + _BUCKET]
         before, behind = halves[node], halves[node + _NEXT]
-        if policy is EvictionPolicy.LFU:
+        if self._is_lfu:
             target = halves[bucket + _HIGHER]
             if target == _RING or words[(target >> 1) + _KEY] != count:
                 if before == behind:  # alone in its bucket, which can have the new key as well
@@ -931,7 +932,7 @@ class EvictionManager:
     def sort_key_locked(self, slot: int) -> tuple[int, int]:
         """What the order sorts by: (policy key, sequence number)."""
         sequence, count, priority = self.numbers_locked(slot)
-        return POLICY_KEY[self.policy](count, priority), sequence
+        return self._key_of(count, priority), sequence
 
     def rebuild_locked(self, slots: Iterable[int]) -> None:
         """Link just these slots, from their numbers."""
@@ -1208,10 +1209,16 @@ class Segment:
             room = os.statvfs(place)
             if total > room.f_bavail * room.f_frsize:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            zeros = memoryview(bytes(COPY_CHUNK))
             for at in range(0, total, RESERVE_CHUNK):
-                os.posix_fallocate(self.fd, at, min(RESERVE_CHUNK, total - at))
+                end = min(at + RESERVE_CHUNK, total)
+                os.posix_fallocate(self.fd, at, end - at)
+                # The kernel zeroes a page of tmpfs when it is first used, unless it has been written: now costs a third.
+                if in_memory:
+                    for part in range(at, end, COPY_CHUNK):
+                        os.pwrite(self.fd, zeros[: end - part], part)
                 if progress is not None:
-                    progress(min(at + RESERVE_CHUNK, total), total)
+                    progress(end, total)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -1327,6 +1334,7 @@ class EntryTable:
         self.memory, self.words = segment.memory, segment.words
         self.halves, self.floats = segment.halves, segment.floats
         self.num_slots = geometry.num_slots
+        self._every_slot = range(self.num_slots)  # links that go in a circle must not hang anybody
         self._geometry = geometry
         self._records = geometry.records_offset // 4
         self._key_heads = geometry.heads_offset // 4
@@ -1338,16 +1346,16 @@ class EntryTable:
 
     def find(self, key: bytes) -> int:
         """Slot of the entry, 0 if there is none."""
-        halves, memory = self.halves, self.memory
+        halves = self.halves
         key_hash = zlib.crc32(key)
         slot = halves[self._key_heads + key_hash % self.num_slots]
-        for _ in range(self.num_slots):  # links that go in a circle must not hang anybody
+        for _ in self._every_slot:
             if not slot:
                 return 0
             record = self._records + slot * HALVES_PER_RECORD
             if halves[record + R_KEY_HASH] == key_hash:
                 text = 4 * record + RECORD.size
-                if memory[text : text + len(key)] == key and halves[record + R_LENGTHS] & 0xFFFF == len(key):
+                if self.memory[text : text + len(key)] == key and halves[record + R_LENGTHS] & 0xFFFF == len(key):
                     return slot
             slot = halves[record + R_KEY_NEXT]
         raise IndexError
@@ -1405,7 +1413,7 @@ class EntryTable:
         halves = self.halves
         record = self.record(slot)
         link = self._key_heads + halves[record + R_KEY_HASH] % self.num_slots
-        for _ in range(self.num_slots):
+        for _ in self._every_slot:
             if halves[link] == slot:
                 break
             link = self.record(halves[link]) + R_KEY_NEXT
@@ -1423,7 +1431,7 @@ class EntryTable:
         prefix_hash = zlib.crc32(prefix)
         slots: list[int] = []
         slot = self.halves[self._prefix_heads + prefix_hash % self.num_slots]
-        for _ in range(self.num_slots):
+        for _ in self._every_slot:
             if not slot:
                 return slots[::-1]
             record = self.record(slot)
@@ -1450,7 +1458,7 @@ class EntryTable:
 
     def is_pinned(self, slot: int) -> bool:
         """Whether any session has a pin on it."""
-        word = (self.record(slot) >> 1) + W_PINS
+        word = ((self._records + slot * HALVES_PER_RECORD) >> 1) + W_PINS
         return bool(self.words[word] or self.words[word + 1])
 
     def set_pin(self, slot: int, session: int, pinned: bool) -> None:
@@ -2083,6 +2091,7 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
             if place is not None:
                 assert pool._segment is not None
                 self._view = pool._lend(pool._segment.buffer, *place, self._token)
+                pool._map_pages(*place)
                 pool._zero(*place)
         except BaseException:
             pool._abandon(self._token)
@@ -2533,10 +2542,10 @@ class KVCachePool:
 
     # --- room --------------------------------------------------------------------------------------------------------
 
-    def _reserve_locked(self, key: bytes, size: int, meta: EntryMeta, token: int) -> int:
-        """Claim a slot and blocks for a value; 0 if it can't be stored, and then nothing has changed."""
+    def _find_room_locked(self, key: bytes, num_blocks: int) -> tuple[int, int] | None:
+        """(start of so many free blocks, slot of the value that is there now or 0) with a slot to spare, after evicting
+        and moving what must be; None if pins are in the way, and then nothing has changed."""
         table, words = self._table, self._words
-        num_blocks = self._geometry.blocks_for(size)
         old = table.find(key)
         full = not words[FREE_SLOT] and words[TOP_SLOT] == table.num_slots
         full = full or (not old and words[NUM_ENTRIES] >= self._geometry.max_entries)
@@ -2544,13 +2553,23 @@ class KVCachePool:
         if start is None:
             start = self._make_room_locked(num_blocks, full, old)
             if start is None:
-                return 0
+                return None
+            if old and table.halves[table.record(old)] != COMPLETE:
+                old = 0
+        return start, old
+
+    def _reserve_locked(self, key: bytes, size: int, meta: EntryMeta, token: int) -> int:
+        """Claim a slot and blocks for a value; 0 if it can't be stored, and then nothing has changed."""
+        num_blocks = self._geometry.blocks_for(size)
+        room = self._find_room_locked(key, num_blocks)
+        if room is None:
+            return 0
         self._writes.add(token)  # first: an interrupt from here on makes `_abandon` look for records that nobody holds
-        words[DIRTY] = 1
-        self._allocator.take_locked(start, num_blocks)
-        slot = table.claim(key, size, start, num_blocks, self._session, meta)
+        self._words[DIRTY] = 1
+        self._allocator.take_locked(room[0], num_blocks)
+        slot = self._table.claim(key, size, room[0], num_blocks, self._session, meta)
         self._holds[token] = slot
-        words[DIRTY] = 0
+        self._words[DIRTY] = 0
         return slot
 
     def _make_room_locked(self, num_blocks: int, need_slot: bool, old: int) -> int | None:
@@ -2564,6 +2583,12 @@ class KVCachePool:
             return None
         if self._words[NUM_BUSY] > len(self._writes):
             self._reap_locked()
+        victim = next(self._candidates_locked(old), 0)
+        start, length = table.extent(victim)
+        must_evict = need_slot or num_blocks > self._geometry.num_blocks - self._words[ALLOCATED]
+        if victim and must_evict and length >= num_blocks:
+            self._evict_locked((victim,))  # as the loop below would, without its plans: the usual case
+            return start
         for attempt in (1, 2):
             victims: list[int] = []
             candidates = self._candidates_locked(old)
@@ -2780,14 +2805,16 @@ class KVCachePool:
         return self._patiently(lambda: self._reserve_once(key, size, meta, token), size)
 
     def _store(self, key: bytes, data: Any, size: int, meta: EntryMeta) -> bool:
-        token = next(self._tokens)
+        token = 0
         try:
             if size <= COPY_UNDER_LOCK:
-                stored = self._put_small(key, data, size, meta, token)
-                return stored or self._patiently(lambda: self._put_small(key, data, size, meta, token), size)
+                stored = self._put_small(key, data, size, meta)
+                return stored or self._patiently(lambda: self._put_small(key, data, size, meta), size)
+            token = next(self._tokens)
             place = self._reserve(key, size, meta, token)
             if place is None:
                 return False
+            self._map_pages(*place)
             self._memory[place[0] : place[0] + size] = data
             self._commit(token)
         except BaseException:
@@ -2798,13 +2825,21 @@ class KVCachePool:
         return True
 
     @_locked
-    def _put_small(self, key: bytes, data: Any, size: int, meta: EntryMeta, token: int) -> bool:
-        slot = self._reserve_locked(key, size, meta, token)
-        if not slot:
+    def _put_small(self, key: bytes, data: Any, size: int, meta: EntryMeta) -> bool:
+        """Store a value at once; should we be killed inside, DIRTY makes the next one to lock tidy up."""
+        num_blocks = self._geometry.blocks_for(size)
+        room = self._find_room_locked(key, num_blocks)
+        if room is None:
             return False
-        at = self._offset(slot)
+        start, old = room
+        self._words[DIRTY] = 1
+        self._allocator.take_locked(start, num_blocks)
+        slot = self._table.claim(key, size, start, num_blocks, self._session, meta)
+        at = self._geometry.data_offset + start * self._geometry.block_size
+        self._map_pages(at, size)
         self._memory[at : at + size] = data
-        self._commit_locked(token)
+        self._enter_locked(slot, old, self._order.numbers_locked(old)[1] if old else 0, meta.priority)
+        self._words[DIRTY] = 0
         return True
 
     @_locked
@@ -2845,19 +2880,24 @@ class KVCachePool:
         words[DIRTY] = 1
         if times is not None:
             table.floats[(record >> 1) + W_CREATED], table.floats[(record >> 1) + W_ACCESSED] = times
-        self._order.stamp_locked(slot, count, words[(record >> 1) + W_PRIORITY])
-        table.halves[record] = COMPLETE
-        if old:
-            self._drop_locked(old)
-        table.link(slot)
-        self._order.link_locked(slot)
-        words[NUM_ENTRIES] += 1
-        words[NUM_BUSY] -= 1
-        words[PUTS] += 1
+        self._enter_locked(slot, old, count, words[(record >> 1) + W_PRIORITY])
         self._writes.discard(token)
         del self._holds[token]
         words[DIRTY] = 0
         return slot
+
+    def _enter_locked(self, slot: int, old: int, count: int, priority: int) -> None:
+        """Make a WRITING record an entry, in place of `old`. DIRTY is set."""
+        table, order, words = self._table, self._order, self._words
+        order.stamp_locked(slot, count, priority)
+        table.halves[table.record(slot)] = COMPLETE
+        if old:
+            self._drop_locked(old)
+        table.link(slot)
+        order.link_locked(slot)
+        words[NUM_ENTRIES] += 1
+        words[NUM_BUSY] -= 1
+        words[PUTS] += 1
 
     def allocate(
         self,
@@ -2894,6 +2934,10 @@ class KVCachePool:
         """Where a value begins, in bytes from the start of the segment."""
         start: int = self._table.halves[self._table.record(slot) + R_START]
         return self._geometry.data_offset + start * self._geometry.block_size
+
+    def _map_pages(self, offset: int, size: int) -> None:
+        """Read a byte of every window before writing: a seventh of what the write faults cost, page by page."""
+        _ = self._memory[offset & -FAULT_AROUND : offset + size : FAULT_AROUND]
 
     def _zero(self, offset: int, size: int) -> None:
         for at in range(offset, offset + size, COPY_CHUNK):
