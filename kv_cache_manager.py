@@ -1004,32 +1004,6 @@ class EvictionManager:
 # ======================================================================================================================
 
 
-_tracker_lock = threading.Lock()
-
-
-def _shared_memory(name: str, size: int) -> Any:
-    """A SharedMemory of our own, made if `size` is not 0, that the resource tracker does not know of.
-
-    The tracker would unlink live pools at exit (cpython#82300); `track=False` exists only from Python 3.13 on.
-    Registering and taking it back is no way out: a kill in between dooms the pool, and children that share one tracker
-    take back each other's registrations.
-    """
-    from multiprocessing import resource_tracker, shared_memory
-
-    with _tracker_lock:
-        register = resource_tracker.register
-
-        def register_others(name: Any, rtype: str) -> None:
-            if not name.lstrip("/").startswith(SEGMENT_PREFIX):
-                register(name, rtype)
-
-        try:
-            resource_tracker.register = register_others
-            return shared_memory.SharedMemory(name, create=size > 0, size=size)
-        finally:
-            resource_tracker.register = register
-
-
 def _record_lock(fd: int, kind: int, offset: int, command: int) -> bytes:
     """One call of the kernel's open-file-description locks (Linux 3.15): the byte at `offset`, far behind the data."""
     return fcntl.fcntl(fd, command, struct.pack("hhqqi4x", kind, os.SEEK_SET, offset, 1, 0))
@@ -1144,8 +1118,12 @@ def read_header(path: str) -> SegmentHeader | None:
 class Segment:
     """One mapped pool: its memory, seen as bytes, 32-bit halves, 64-bit words and floats, and its lock file.
 
+    A segment of tier cpu is POSIX shared memory: a file of /dev/shm, which is all that `shm_open` opens on Linux. It is
+    mapped without `multiprocessing.shared_memory`, whose import takes longer than all the rest of opening a pool, and
+    whose resource tracker unlinks live pools at exit (cpython#82300; `track=False` exists only from Python 3.13 on).
+
     `fd` is an open file description of our own, on which `flock` and the byte locks are taken. It must not be the one
-    that SharedMemory and mmap keep: a forked child shares those, and would hold our locks after our death.
+    that mmap keeps: a forked child shares that, and would hold our locks after our death.
     """
 
     def __init__(self, path: str, header: SegmentHeader, create: bool, progress: Progress | None = None) -> None:
@@ -1154,29 +1132,23 @@ class Segment:
         self.header = header
         self.fd = -1
         self.session = -1
-        self._shared_memory: Any = None
-        in_shm = os.path.dirname(path) == SHM_DIR
         doing = "create" if create else "open"
         made = False
         try:
             with _os_errors(f"{doing} {path}"):
-                if in_shm:
-                    size = header.geometry.total_bytes if create else 0
-                    self._shared_memory = _shared_memory(os.path.basename(path), size)
-                    made = create
-                self.fd = os.open(
-                    path, os.O_RDWR | os.O_CLOEXEC | (0 if in_shm or not create else os.O_CREAT | os.O_EXCL), 0o600
-                )
+                flags = os.O_RDWR | os.O_CLOEXEC
+                self.fd = os.open(path, flags | os.O_CREAT | os.O_EXCL if create else flags, 0o600)
                 made = create
                 if create:
                     fcntl.flock(self.fd, fcntl.LOCK_EX)  # `prune` leaves an unfinished segment alone while this is held
                     os.fchmod(self.fd, 0o600)
                     self._reserve_space(progress)
                 _record_lock(self.fd, fcntl.F_RDLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLKW)
-                if in_shm:
-                    self.memory: mmap.mmap = self._shared_memory.buf.obj
-                else:
-                    self.memory = mmap.mmap(self.fd, header.geometry.total_bytes)
+                mapped = os.open(path, flags)
+                try:
+                    self.memory = mmap.mmap(mapped, header.geometry.total_bytes)
+                finally:
+                    os.close(mapped)
             self.buffer = memoryview(self.memory)
             self.read_only = self.buffer.toreadonly()
             self.words = self.buffer.cast("q")
@@ -1213,7 +1185,7 @@ class Segment:
             for at in range(0, total, RESERVE_CHUNK):
                 end = min(at + RESERVE_CHUNK, total)
                 os.posix_fallocate(self.fd, at, end - at)
-                # The kernel zeroes a page of tmpfs when it is first used, unless it has been written: now costs a third.
+                # The kernel zeroes a page of tmpfs when it is first used, unless it has been written; now is cheaper.
                 if in_memory:
                     for part in range(at, end, COPY_CHUNK):
                         os.pwrite(self.fd, zeros[: end - part], part)
@@ -1287,12 +1259,6 @@ class Segment:
         for name in ("halves", "words", "floats", "read_only", "buffer"):
             if hasattr(self, name):
                 getattr(self, name).release()
-        held, self._shared_memory = self._shared_memory, None
-        if held is not None:
-            # Its close() would raise BufferError while views exist, in __del__ too. Without these references it closes
-            # its file only, and the mapping goes with the last view.
-            held._buf = held._mmap = None
-            held.close()
         if hasattr(self, "memory"):
             del self.memory
 
