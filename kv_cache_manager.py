@@ -78,12 +78,10 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime, timezone
 from enum import Enum
-from fractions import Fraction
 from pathlib import Path
 from pickle import PickleBuffer
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar, cast
 
 if TYPE_CHECKING:
     import argparse
@@ -218,7 +216,8 @@ def parse_size(text: str) -> int:
     if match is None:
         raise InvalidArgumentError(f"size {text!r} is not a number with an optional K, M, G, T or P, such as 16G")
     number, unit = match.groups()
-    return int(Fraction(number) * 1024 ** _UNITS.index((unit or " ").upper()))
+    whole, _, part = number.partition(".")
+    return int(whole + part) * (1 << 10 * _UNITS.index((unit or " ").upper())) // int("1" + "0" * len(part))
 
 
 def format_size(size_bytes: float) -> str:
@@ -282,6 +281,12 @@ class CacheEntry:
         return cls(**cast("dict[str, Any]", known_data))
 
 
+def _utc_now() -> str:
+    from datetime import datetime, timezone  # here, for it takes time that a shell command need not spend
+
+    return datetime.now(timezone.utc).isoformat()
+
+
 @dataclass
 class CachePoolConfig:
     """How to make a pool: plain data, checked when the pool is made."""
@@ -292,7 +297,7 @@ class CachePoolConfig:
     eviction_policy: str = "lru"
     max_entries: int = 10000
     persist_path: str | None = None  # where `persist` writes when it is given no path
-    created_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat())
+    created_at: str = field(default_factory=_utc_now)
     block_size: int = BLOCK_SIZE  # bytes; the unit of allocation
 
     def to_dict(self) -> dict[str, Any]:
@@ -375,8 +380,7 @@ _DTYPE = re.compile(r"[A-Z][A-Z0-9_]*")
 FRAMEWORKS = ("", "numpy", "torch", "transformers", "json")
 
 
-@dataclass(frozen=True)
-class EntryMeta:
+class EntryMeta(NamedTuple):
     """What a caller says about a value, checked."""
 
     prefix: bytes = b""
@@ -448,8 +452,7 @@ def _checked_meta(key: bytes, size: int, meta: Mapping[str, Any]) -> EntryMeta:
     return EntryMeta.of(key, size, **meta)
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Where everything lies in a segment; all of it follows from four numbers."""
 
     size_bytes: int
@@ -644,16 +647,17 @@ class BitmapAllocator:
         return ~int.from_bytes(self._bits[start >> 3 : (stop + 7) >> 3], "little") & ((1 << (stop - start)) - 1)
 
     def _find_short(self, num_blocks: int) -> int | None:
-        """Search windows of 4096 blocks as integers: ANDing shifted copies leaves the starts of long enough runs."""
+        """Search windows as integers, small ones first: ANDing shifted copies leaves the starts of long enough runs."""
         counters = self._counters
+        window = 256
         first = counters[1]
         position = first & ~7
         full_so_far = True
         while position < self.num_blocks:
-            free = self._free_bits(position, min(position + 4096 + num_blocks, self.num_blocks))
+            free = self._free_bits(position, min(position + window + num_blocks, self.num_blocks))
             if full_so_far:  # all before is in use: the hint can move up
                 full_so_far = not free
-                first = position + (4096 if full_so_far else (free & -free).bit_length() - 1)
+                first = position + (window if full_so_far else (free & -free).bit_length() - 1)
                 counters[1] = min(first, self.num_blocks)
             length = 1
             while length < num_blocks and free:
@@ -662,28 +666,35 @@ class BitmapAllocator:
                 length += step
             if free:
                 return position + (free & -free).bit_length() - 1
-            position += 4096
+            position += window
+            window = min(4 * window, 4096)
         return None
 
     def _find_long(self, num_blocks: int) -> int | None:
-        """A run of 15 or more holds whole zero bytes: search for those, then count the bits at their edges."""
-        base = self._counters[1] >> 3
-        data = bytes(self._bits[base : self.num_bytes])
+        """A run of 15 or more holds whole zero bytes: search for those, then count the bits at their edges.
+
+        In windows that grow, for the run is often near and copying the whole bitmap of a large pool takes 30 us.
+        """
+        base, window = self._counters[1] >> 3, 256
         zeros = bytes((num_blocks - 7) // 8)
-        at = data.find(zeros)
-        while at >= 0:
-            before = 8 - data[at - 1].bit_length() if at else 0
-            end = at + len(zeros)
-            length = before + 8 * len(zeros)
-            while length < num_blocks and end < len(data) and not data[end]:
-                length += 8
-                end += 1
-            if length < num_blocks and end < len(data):
-                length += (data[end] & -data[end]).bit_length() - 1
-            start = (base + at) * 8 - before
-            if min(length, self.num_blocks - start) >= num_blocks:
-                return start
-            at = data.find(zeros, end)
+        while base < self.num_bytes:
+            data = bytes(self._bits[base : min(base + window + num_blocks // 8 + 2, self.num_bytes)])
+            at = data.find(zeros)
+            while at >= 0:
+                before = 8 - data[at - 1].bit_length() if at else 0
+                end = at + len(zeros)
+                length = before + 8 * len(zeros)
+                while length < num_blocks and end < len(data) and not data[end]:
+                    length += 8
+                    end += 1
+                if length < num_blocks and end < len(data):
+                    length += (data[end] & -data[end]).bit_length() - 1
+                start = (base + at) * 8 - before
+                if min(length, self.num_blocks - start) >= num_blocks:
+                    return start
+                at = data.find(zeros, end)
+            base += window  # what begins before that has been seen whole
+            window *= 4
         return None
 
     def _any_free(self, start: int, num_blocks: int) -> bool:
@@ -1050,8 +1061,7 @@ def _boot_id() -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class SegmentHeader:
+class SegmentHeader(NamedTuple):
     """The fixed part of a segment's header."""
 
     geometry: Geometry
@@ -1360,12 +1370,14 @@ class EntryTable:
         self.words[FREE_SLOT] = slot
 
     def link(self, slot: int) -> None:
-        """Enter a record into its two chains."""
+        """Enter a record into its chains."""
         halves = self.halves
         record = self.record(slot)
         head = self._key_heads + halves[record + R_KEY_HASH] % self.num_slots
         halves[record + R_KEY_NEXT] = halves[head]
         halves[head] = slot
+        if halves[record + R_LENGTHS] <= 0xFFFF:  # no prefix hash: no chain, which would be one long one
+            return
         head = self._prefix_heads + halves[record + R_PREFIX_HASH] % self.num_slots
         behind = halves[head]
         halves[record + R_PREFIX_NEXT] = behind
@@ -1375,7 +1387,7 @@ class EntryTable:
         halves[head] = slot
 
     def unlink(self, slot: int) -> None:
-        """Take a record out of its two chains."""
+        """Take a record out of its chains."""
         halves = self.halves
         record = self.record(slot)
         link = self._key_heads + halves[record + R_KEY_HASH] % self.num_slots
@@ -1384,6 +1396,8 @@ class EntryTable:
                 break
             link = self.record(halves[link]) + R_KEY_NEXT
         halves[link] = halves[record + R_KEY_NEXT]
+        if halves[record + R_LENGTHS] <= 0xFFFF:
+            return
         before, behind = halves[record + R_PREFIX_PREV], halves[record + R_PREFIX_NEXT]
         if before:
             halves[self.record(before) + R_PREFIX_NEXT] = behind
@@ -1393,7 +1407,13 @@ class EntryTable:
             halves[self.record(behind) + R_PREFIX_PREV] = before
 
     def find_prefix(self, prefix: bytes) -> list[int]:
-        """Slots of the entries with that prefix hash, oldest first. O(their number)."""
+        """Slots of the entries with that prefix hash, oldest first. O(their number).
+
+        Those with none are not chained: for them it takes a pass over all, by the time they were created.
+        """
+        if not prefix:
+            plain = [slot for slot in self.slots(COMPLETE) if not self._lengths(slot)[1]]
+            return sorted(plain, key=lambda slot: self.floats[(self.record(slot) >> 1) + W_CREATED])
         prefix_hash = zlib.crc32(prefix)
         slots: list[int] = []
         slot = self.halves[self._prefix_heads + prefix_hash % self.num_slots]
@@ -1507,8 +1527,9 @@ class EntryTable:
                         problems.append(f"slot {slot} has a wrong backward link in prefix chain {index}")
                     found.append(slot)
                     slot, before = halves[record + next_at], slot
-            if sorted(found) != entries:
-                problems.append(f"the {name} chains hold {len(found)} slots, there are {len(entries)} entries")
+            expected = entries if name == "key" else [slot for slot in entries if self._lengths(slot)[1]]
+            if sorted(found) != expected:
+                problems.append(f"the {name} chains hold {len(found)} slots, it should be {len(expected)}")
         free = set()
         slot = words[FREE_SLOT]
         while 0 < slot <= self.num_slots and slot not in free:
@@ -1537,8 +1558,7 @@ SNAPSHOT_SUFFIX = ".safetensors"
 MAX_SNAPSHOT_HEADER = 1 << 31
 
 
-@dataclass
-class SnapshotEntry:
+class SnapshotEntry(NamedTuple):
     """One entry of a snapshot: where its bytes lie in the file, their CRC-32, and what the pool knew about it."""
 
     entry: CacheEntry  # its offset counts from the start of the file
@@ -3569,8 +3589,6 @@ def restore_snapshot(
 
 
 def _after_fork() -> None:
-    global _tracker_lock  # noqa: PLW0603
-    _tracker_lock = threading.Lock()
     _no_fork.release()
     for pool in list(_open_pools):
         pool._after_fork()
