@@ -15,7 +15,8 @@ Byte offsets; every section starts where the one before ends, rounded up as note
     4096              ceil(num_blocks / 8),         bitmap: 1 bit a block, 1 = in use
                       rounded up to 4096
     data_offset       num_blocks * block_size       data region: the values
-    index_offset      128 * 8                       session table: the pid of each open handle, 0 = free
+    index_offset      2 * 128 * 8                   session table: the pid of each open handle, 0 = free; then for each
+                                                    the slot of a pin that it has given back, 0 = none
     (rounded up to 8) 2 * num_slots * 4             heads of the key chains, heads of the prefix chains
                       64 * num_slots + 128          eviction order: a 40-byte node a slot, a 24-byte bucket a slot
                       440 * (num_slots + 1)         entry table: one record a slot; slot 0 is never used
@@ -28,6 +29,7 @@ Valid if and only if
   records carry one key (a crash in the middle of an overwrite), the one with the greater sequence number counts.
 * A WRITING record (a value on its way in) counts only while the session that owns it is open. A CONDEMNED record (a
   value deleted or replaced while somebody reads it) counts only while a pin holds it.
+* A pin is a bit of its session in the record. It counts unless the session table names its slot as given back.
 * Records and the sequence number, use count and priority in their eviction nodes are the truth. Bitmap, chains,
   eviction order, free lists and counters are derived from them, and `check()` compares all of them.
 
@@ -35,7 +37,8 @@ Who locks what
 --------------
 * The lock of a pool is `flock` on the segment's own file, plus a thread lock in each process. All metadata is read and
   written under it. Values of up to 64 KiB are copied under it too; larger ones outside, protected by a WRITING record
-  or a pin.
+  or a pin. One word is written without it: a session gives its latest pin back by naming the slot in the session
+  table, and clears pin and word when it next has the lock. That halves the cost of a view.
 * A session (one open handle) holds an open-file-description lock on a byte of its own, far behind the end of the file.
   The kernel drops it when the process dies: that is how pins and WRITING records of the dead are told from those of
   the living. A second byte, locked shared by every handle, tells whether anybody has the pool open.
@@ -133,11 +136,13 @@ SESSION_BYTE = PRESENCE_BYTE + 1
 # pin it (128 bits), lengths of key, prefix and tensor description, unused, priority (for the eviction node, once the
 # entry is complete)
 RECORD = struct.Struct("<IIqIIIIIIIIddqqIIIIHHHHq")
+RECORD_TAIL = struct.Struct("<qqqqHHHHq")  # from the sequence length on
 RECORD_BYTES = 440
 RECORD_TEXT = RECORD_BYTES - RECORD.size
 R_STATE, R_OWNER, R_START, R_BLOCKS, R_KEY_HASH, R_PREFIX_HASH = 0, 1, 4, 5, 6, 7  # in 32-bit halves
 R_KEY_NEXT, R_PREFIX_NEXT, R_PREFIX_PREV, R_CHECKSUM, R_PINS, R_LENGTHS = 8, 9, 10, 11, 20, 24
-W_SIZE, W_CREATED, W_ACCESSED, W_SEQUENCE_LENGTH, W_LAYER, W_PINS, W_PRIORITY = 1, 6, 7, 8, 9, 10, 13  # in words
+W_SIZE, W_EXTENT, W_CREATED, W_ACCESSED, W_SEQUENCE_LENGTH, W_LAYER = 1, 2, 6, 7, 8, 9  # in words
+W_PINS, W_PRIORITY = 10, 13
 HALVES_PER_RECORD = RECORD_BYTES // 4
 FREE, WRITING, COMPLETE, CONDEMNED = range(4)
 
@@ -493,7 +498,7 @@ class Geometry(NamedTuple):
 
     @property
     def heads_offset(self) -> int:
-        return self.index_offset + 8 * MAX_SESSIONS
+        return self.index_offset + 16 * MAX_SESSIONS
 
     @property
     def order_offset(self) -> int:
@@ -884,28 +889,37 @@ class EvictionManager:
 
     def touch_locked(self, slot: int) -> None:
         """Count a use of a slot and move it where the policy wants it."""
+        words = self._words
+        word = ((self._nodes + slot * _NODE_HALVES) >> 1) + _COUNT
+        words[word] = count = words[word] + 1
+        if not self._is_fifo:
+            self.renew_locked(slot, count if self._is_lfu else None)
+
+    def renew_locked(self, slot: int, new_key: int | None = None) -> None:
+        """Move a slot behind all others of its key, or of the new one, which is not lower."""
         halves, words = self._halves, self._words
         node = self._nodes + slot * _NODE_HALVES
-        word = node >> 1
-        words[word + _COUNT] = count = words[word + _COUNT] + 1
-        if self._is_fifo:
-            return
-        words[_CLOCK] = sequence = words[_CLOCK] + 1
-        words[word + _SEQUENCE] = sequence
-        bucket = target = halves[node + _BUCKET]
+        words[_CLOCK] = words[(node >> 1) + _SEQUENCE] = words[_CLOCK] + 1
         before, behind = halves[node], halves[node + _NEXT]
-        if self._is_lfu:
+        target = bucket = halves[node + _BUCKET]
+        if new_key is not None:
             target = halves[bucket + _HIGHER]
-            if target == _RING or words[(target >> 1) + _KEY] != count:
+            if target == _RING or words[(target >> 1) + _KEY] != new_key:
                 if before == behind:  # alone in its bucket, which can have the new key as well
-                    words[(bucket >> 1) + _KEY] = count
+                    words[(bucket >> 1) + _KEY] = new_key
                     return
-                target = self._new_bucket(bucket, count)
+                target = self._new_bucket(bucket, new_key)
         elif behind == bucket:  # the last one already
             return
         halves[before + _NEXT] = behind
         halves[behind] = before
-        self._append(node, target)
+        last = halves[target]
+        halves[node] = last
+        halves[node + _NEXT] = target
+        if target != bucket:
+            halves[node + _BUCKET] = target
+        halves[last + _NEXT] = node
+        halves[target] = node
         if before == behind:
             self._drop_bucket(bucket)
 
@@ -1237,9 +1251,11 @@ class Segment:
     def join_locked(self) -> None:
         """Take a free session. Dead ones must have been cleared away before."""
         taken = self.session_pids()
+        base = self.header.geometry.index_offset // 8
         for number in range(MAX_SESSIONS):
             if number not in taken and _try_lock_byte(self.fd, fcntl.F_WRLCK, SESSION_BYTE + number):
-                self.words[self.header.geometry.index_offset // 8 + number] = os.getpid()
+                self.words[base + MAX_SESSIONS + number] = 0
+                self.words[base + number] = os.getpid()
                 self.session = number
                 return
         raise StorageError(
@@ -1302,6 +1318,9 @@ def _in_store(store_path: str, work: Callable[[], _R], wait: bool = True) -> _R:
 # ======================================================================================================================
 
 
+_NO_PINS = bytes(16)
+
+
 class EntryTable:
     """The records of a segment, with a chain of slots for every hash of a key and of a prefix. The pool locks."""
 
@@ -1312,6 +1331,8 @@ class EntryTable:
         self.num_slots = geometry.num_slots
         self._every_slot = range(self.num_slots)  # links that go in a circle must not hang anybody
         self._geometry = geometry
+        self._given_back = geometry.index_offset // 8 + MAX_SESSIONS
+        self._data_offset, self._block_size = geometry.data_offset, geometry.block_size
         self._records = geometry.records_offset // 4
         self._key_heads = geometry.heads_offset // 4
         self._prefix_heads = self._key_heads + self.num_slots
@@ -1442,10 +1463,47 @@ class EntryTable:
         record = self.record(slot)
         return self.halves[record + R_START], self.halves[record + R_BLOCKS]
 
+    def place(self, slot: int) -> tuple[int, int]:
+        """Where a value lies: (bytes from the start of the segment, size in bytes)."""
+        record = self._records + slot * HALVES_PER_RECORD
+        size: int = self.words[(record >> 1) + W_SIZE]
+        return self._data_offset + self.halves[record + R_START] * self._block_size, size
+
+    def is_same(self, slot: int, key: bytes, size: int, meta: EntryMeta) -> bool:
+        """Whether a value with this metadata could take the place of the one that is there, which nobody has pinned."""
+        word = (self._records + slot * HALVES_PER_RECORD) >> 1
+        lengths = len(key), len(meta.prefix), len(meta.tensor)
+        # From the sequence length on a record tells nothing of the value itself; the two zeros are its pins.
+        told = RECORD_TAIL.pack(meta.sequence_length, meta.layer_index, 0, 0, *lengths, 0, meta.priority) + key
+        if meta is not NO_META:
+            told += meta.prefix + meta.tensor
+        tail = 8 * (word + W_SEQUENCE_LENGTH)
+        return self.words[word + W_SIZE] == size and self.memory[tail : tail + len(told)] == told
+
+    def swap(self, slot: int, start: int, num_blocks: int) -> None:
+        """Give an entry other blocks, in one write: a crash leaves it with the old ones or the new ones."""
+        record = self._records + slot * HALVES_PER_RECORD
+        word = record >> 1
+        self.halves[record + R_CHECKSUM] = 0
+        self.words[word + W_EXTENT] = start | num_blocks << 32
+        self.floats[word + W_CREATED] = self.floats[word + W_ACCESSED] = time.time()
+
     def is_pinned(self, slot: int) -> bool:
-        """Whether any session has a pin on it."""
+        """Whether any session has a pin on it that it has not given back."""
         word = ((self._records + slot * HALVES_PER_RECORD) >> 1) + W_PINS
-        return bool(self.words[word] or self.words[word + 1])
+        pins = self.memory[8 * word : 8 * word + 16]
+        if pins == _NO_PINS:
+            return False
+        bits = int.from_bytes(pins, "little")
+        while bits:
+            if self.words[self._given_back + bits.bit_length() - 1] != slot:
+                return True
+            bits ^= 1 << (bits.bit_length() - 1)
+        return False
+
+    def give_back(self, slot: int, session: int) -> None:
+        """Make the pin of one session on a slot void (0: none is), which needs no lock: nobody else writes the word."""
+        self.words[self._given_back + session] = slot
 
     def set_pin(self, slot: int, session: int, pinned: bool) -> None:
         """Set or clear the pin of one session: a single write, so that no crash leaves half of it."""
@@ -1982,6 +2040,8 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
         "_leave",
     )  # done for views of a closed pool too
 
+    flock, exclusive, unlock = fcntl.flock, fcntl.LOCK_EX, fcntl.LOCK_UN
+
     @functools.wraps(method)
     def locked(self: KVCachePool, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         with self._mutex:
@@ -1994,10 +2054,12 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                 raise PoolClosedError(f"pool {self.name!r} is closed: open it again")
             fd = segment.fd
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                flock(fd, exclusive)
                 self._is_locked = True
                 if self._words[DIRTY] or self._untidy or self._gone_views:
                     self._recover_locked()
+                if self._given_back:
+                    self._take_pin_back_locked()
                 return method(self, *args, **kwargs)
             except CacheError:
                 raise
@@ -2011,7 +2073,7 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                 raise
             finally:
                 self._is_locked = False
-                fcntl.flock(fd, fcntl.LOCK_UN)
+                flock(fd, unlock)
 
     return cast("Callable[Concatenate[KVCachePool, _P], _R]", locked)
 
@@ -2190,12 +2252,14 @@ class KVCachePool:
         self._holds: dict[int, int] = {}
         self._writes: set[int] = set()  # the tokens that write
         self._pins: dict[int, int] = {}  # slot -> how many of our tokens pin it
+        self._given_back = 0  # slot of our pin that the session table calls given back
         self._view_refs: dict[int, _ViewRef] = {}
         self._pins_by_key: dict[bytes, list[int]] = {}
         self._tokens = itertools.count(1, 1 << 32)  # a path uses the numbers from its token on
         self._gone_views: deque[_ViewRef] = deque()
         self._untidy = True  # joins at the first lock
         self._memory, self._words = segment.memory, segment.words
+        self._data_offset = geometry.data_offset
         self._table = EntryTable(segment)
         self._allocator = BitmapAllocator(
             geometry.num_blocks,
@@ -2312,6 +2376,7 @@ class KVCachePool:
             mapping.clear()
         self._writes.clear()
         self._gone_views.clear()
+        self._given_back = 0
         self._untidy = True
         if segment is not None:
             try:
@@ -2366,6 +2431,7 @@ class KVCachePool:
     def _tidy_locked(self) -> None:
         """Make our own pins and WRITING records agree with what this handle really holds."""
         table, session = self._table, self._session
+        self._given_back = 0
         self._pins = dict(Counter(slot for token, slot in self._holds.items() if token not in self._writes))
         writing = {self._holds[token] for token in self._writes if token in self._holds}
         halves = table.halves
@@ -2377,6 +2443,7 @@ class KVCachePool:
             abandoned = halves[record] == WRITING and halves[record + R_OWNER] == session and slot not in writing
             if abandoned or (halves[record] == CONDEMNED and not table.is_pinned(slot)):
                 stale.append(slot)
+        table.give_back(0, session)
         self._free_locked(stale)
 
     def _free_locked(self, slots: list[int]) -> None:
@@ -2467,8 +2534,7 @@ class KVCachePool:
 
     @property
     def _session(self) -> int:
-        assert self._segment is not None
-        return self._segment.session
+        return self._segment.session  # type: ignore[union-attr]
 
     # --- holding: pins and writes ------------------------------------------------------------------------------------
 
@@ -2495,10 +2561,28 @@ class KVCachePool:
         if token in self._holds:  # else: taken over by a parent's child, or tidied away
             self._unpin_locked(token)
 
+    def _take_pin_back_locked(self) -> None:
+        """Clear the pin that was given back without the lock."""
+        slot, table = self._given_back, self._table
+        table.set_pin(slot, self._session, False)
+        table.give_back(0, self._session)
+        self._given_back = 0
+        if table.halves[table.record(slot)] == CONDEMNED and not table.is_pinned(slot):
+            self._free_locked([slot])
+
     def _release_pin(self, token: int) -> None:
-        """Unpin from outside the lock."""
+        """Unpin from outside the lock, and without it if it is the only pin that this handle has to give back."""
+        table = self._table
         try:
-            self._unpin(token)
+            with self._mutex:
+                slot = self._holds.get(token, 0)
+                at_once = self._given_back or self._is_locked or self._closing or self._pins.get(slot) != 1
+                if not at_once:
+                    del self._holds[token], self._pins[slot]
+                    self._given_back = slot
+                    table.give_back(slot, self._session)
+            if at_once or table.halves[table.record(slot)] == CONDEMNED:  # looked at last: it may become so meanwhile
+                self._unpin(token)
         except BaseException:
             self._abandon(token)
             raise
@@ -2720,8 +2804,8 @@ class KVCachePool:
             while (done := words[MOVE_DONE]) < num_blocks:
                 count = min(piece, num_blocks - done)
                 self._memory.move(
-                    geometry.data_offset + (target + done) * geometry.block_size,
-                    geometry.data_offset + (start + done) * geometry.block_size,
+                    self._data_offset + (target + done) * geometry.block_size,
+                    self._data_offset + (start + done) * geometry.block_size,
                     count * geometry.block_size,
                 )
                 words[MOVE_DONE] = done + count
@@ -2812,26 +2896,39 @@ class KVCachePool:
 
     @_locked
     def _put_small(self, key: bytes, data: Any, size: int, meta: EntryMeta) -> bool:
-        """Store a value at once; should we be killed inside, DIRTY makes the next one to lock tidy up."""
+        """Store a value at once."""
         num_blocks = self._geometry.blocks_for(size)
         room = self._find_room_locked(key, num_blocks)
         if room is None:
             return False
         start, old = room
-        self._words[DIRTY] = 1
-        self._allocator.take_locked(start, num_blocks)
-        slot = self._table.claim(key, size, start, num_blocks, self._session, meta)
-        at = self._geometry.data_offset + start * self._geometry.block_size
+        table, words = self._table, self._words
+        at = self._data_offset + start * self._geometry.block_size
         self._map_pages(at, size)
-        self._memory[at : at + size] = data
-        self._enter_locked(slot, old, self._order.numbers_locked(old)[1] if old else 0, meta.priority)
-        self._words[DIRTY] = 0
+        self._memory[at : at + size] = data  # into free blocks: dying here leaves nothing to put in order
+        words[DIRTY] = 1
+        self._allocator.take_locked(start, num_blocks)
+        if old and table.is_same(
+            old, key, size, meta
+        ):  # spares half of what a new record and dropping the old one cost
+            extent = table.extent(old)
+            table.swap(old, start, num_blocks)
+            self._allocator.free_locked(*extent)
+            self._order.renew_locked(old)
+            if meta.prefix:  # behind the others with that prefix hash
+                table.unlink(old)
+                table.link(old)
+            words[PUTS] += 1
+        else:
+            slot = table.claim(key, size, start, num_blocks, self._session, meta)
+            self._enter_locked(slot, old, self._order.numbers_locked(old)[1] if old else 0, meta.priority)
+        words[DIRTY] = 0
         return True
 
     @_locked
     def _reserve_once(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
         slot = self._reserve_locked(key, size, meta, token)
-        return (self._offset(slot), size) if slot else None
+        return self._table.place(slot) if slot else None
 
     @_locked
     def _commit(
@@ -2916,11 +3013,6 @@ class KVCachePool:
         size = check_int("size", size, 0)
         return _Reservation(self, encoded, size, _checked_meta(encoded, size, meta))
 
-    def _offset(self, slot: int) -> int:
-        """Where a value begins, in bytes from the start of the segment."""
-        start: int = self._table.halves[self._table.record(slot) + R_START]
-        return self._geometry.data_offset + start * self._geometry.block_size
-
     def _map_pages(self, offset: int, size: int) -> None:
         """Read a byte of every window before writing: a seventh of what the write faults cost, page by page."""
         _ = self._memory[offset & -FAULT_AROUND : offset + size : FAULT_AROUND]
@@ -2953,8 +3045,7 @@ class KVCachePool:
         slot = self._use_locked(key)
         if not slot:
             return None
-        offset = self._offset(slot)
-        size = self._words[(self._table.record(slot) >> 1) + W_SIZE]
+        offset, size = self._table.place(slot)
         if size <= COPY_UNDER_LOCK:
             return self._memory[offset : offset + size]
         self._pin_locked(slot, token)
@@ -2989,8 +3080,7 @@ class KVCachePool:
         if not slot:
             return None
         assert self._segment is not None
-        size = self._words[(self._table.record(slot) >> 1) + W_SIZE]
-        view = self._lend(self._segment.read_only, self._offset(slot), size, token)
+        view = self._lend(self._segment.read_only, *self._table.place(slot), token)
         self._pin_locked(slot, token)
         return view
 
@@ -3246,7 +3336,7 @@ class KVCachePool:
         return CacheEntry(
             key.decode(),
             prefix.decode(),
-            self._offset(slot),
+            table.place(slot)[0],
             table.words[word + W_SIZE],
             table.floats[word + W_CREATED],
             table.floats[word + W_ACCESSED],
