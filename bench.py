@@ -13,12 +13,12 @@ Everything lies in /dev/shm, so that no disk is measured; `--dir` moves the snap
 
 import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import platform
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -28,13 +28,9 @@ from pathlib import Path
 
 import kv_cache_manager as kv
 
+OPS = ("put new", "overwrite", "get", "view", "miss", "evicting put")
 ROWS = []  # what --json writes
-
-
-def seconds(work, *args):
-    started = time.perf_counter()
-    work(*args)
-    return time.perf_counter() - started
+folder = functools.partial(tempfile.TemporaryDirectory, dir="/dev/shm", ignore_cleanup_errors=True)
 
 
 def take_turns(works, turn=64):
@@ -43,7 +39,10 @@ def take_turns(works, turn=64):
     for op in dict.fromkeys(op for op, _ in works):
         for at in range(0, 8000, turn):
             for pair, (work, keys) in works.items():
-                times[pair] += [seconds(work, key) for key in keys[at : at + turn] if pair[0] == op]
+                for key in keys[at : at + turn] if pair[0] == op else ():
+                    started = time.perf_counter()
+                    work(key)
+                    times[pair].append(time.perf_counter() - started)
     return {pair: statistics.median(samples) * 1e6 for pair, samples in times.items()}
 
 
@@ -54,10 +53,6 @@ def show(**figures):
     ROWS.append(figures)
     cells = [f"{cell[0]:.4g} ({cell[1]:.2f}x)" if isinstance(cell, tuple) else cell for cell in figures.values()]
     print("".join(f"{cell:>16.4g}" if isinstance(cell, float) else f"{cell or '-':>16}" for cell in cells), flush=True)
-
-
-def folder(place="/dev/shm"):
-    return tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True)
 
 
 def pool_for(place, size, count, **more):
@@ -86,20 +81,16 @@ class Peers:
 
             yield pool.put, pool.get, view
 
-    def LMDB(place, size, count):  # noqa: N802
+    def LMDB(place, size, count):
         import lmdb
 
         with lmdb.open(place, map_size=3 * size * count + (64 << 20), writemap=True, sync=False) as env:
 
-            def put(key, data):
-                with env.begin(write=True) as transaction:
-                    transaction.put(key.encode(), data)
+            def run(key, data=None, buffers=False):
+                with env.begin(write=data is not None, buffers=buffers) as transaction:
+                    return transaction.get(key.encode()) if data is None else transaction.put(key.encode(), data)
 
-            def get(key, buffers=False):
-                with env.begin(buffers=buffers) as transaction:
-                    return transaction.get(key.encode())
-
-            yield put, get, lambda key: get(key, True)
+            yield run, run, lambda key: run(key, buffers=True)
 
     def files(place, size, count):
         def put(key, data):
@@ -118,14 +109,14 @@ class Peers:
         with diskcache.Cache(place, size_limit=size * count, eviction_policy="least-recently-used") as cache:
             yield cache.set, cache.get, None
 
-    def Redis(place, size, count):  # noqa: N802
+    def Redis(place, size, count):
         import redis
 
-        socket, command = Path(place, "socket"), f"redis-server --port 0 --save --appendonly no --dir {place}"
-        command += (
-            f" --maxmemory {size * count * 5 // 4 + (64 << 20)} --maxmemory-policy allkeys-lru --unixsocket {socket}"
+        socket, options = Path(place, "socket"), "--port 0 --save --appendonly no --maxmemory-policy allkeys-lru"
+        options += f" --maxmemory {size * count * 5 // 4 + (64 << 20)} --dir {place} --unixsocket {socket}"
+        server = (
+            None if socket.exists() else subprocess.Popen(["redis-server", *options.split()], stdout=subprocess.DEVNULL)
         )
-        server = None if socket.exists() else subprocess.Popen(command.split(), stdout=subprocess.DEVNULL)
         while not socket.exists():
             time.sleep(0.01)
         with redis.Redis(unix_socket_path=str(socket)) as client:
@@ -135,71 +126,58 @@ class Peers:
             server.wait()
 
 
-PEERS = {
-    name.replace("_", " "): contextlib.contextmanager(make) for name, make in vars(Peers).items() if name[:1] != "_"
-}
+PEERS = {name: contextlib.contextmanager(make) for name, make in vars(Peers).items() if name[0] != "_"}
 
 
-def one_process(size, count):
-    """Median us of every (op, peer)."""
-    data, other, works = random.randbytes(size), random.randbytes(size), {}
-    keys, more = ([str(number) for number in range(first, first + count)] for first in (0, count))
-    with contextlib.ExitStack() as stack:
-        for name, make in PEERS.items():
-            try:
-                put, get, view = stack.enter_context(make(stack.enter_context(folder()), size, count))
-            except (ImportError, FileNotFoundError) as error:
-                print(f"{name} is left out: {error}", file=sys.stderr)
-                continue
-            new, again = (lambda key, put=put, data=data: put(key, data) for data in (data, other))
-            works["put new", name], works["overwrite", name], works["get", name] = (
-                (new, keys),
-                (again, keys),
-                (get, keys),
-            )
-            works |= {("view", name): (view, keys), ("miss", name): (get, ["-" + key for key in keys])}
-            works["evicting put", name] = new, more if name not in ("LMDB", "files") else []  # those grow without end
-        return take_turns({pair: work for pair, work in works.items() if all(work)})
-
-
-def worker(peer, place, size, number, start):
-    """GB/s that one of several processes puts and gets, values of its own, in the second after `start`."""
-    count, data, done = max(2, (32 << 20) // size), random.randbytes(size), 0
-    with PEERS[peer](place, size, 3 * count) as (put, get, _):
+def worker(peer, place, size, count, number, start):
+    """GB/s that one of several processes puts and gets, 32 MiB of its own again and again, in a second from `start`."""
+    data, done, few = random.randbytes(size), 0, max(2, (32 << 20) // size)
+    with PEERS[peer](place, size, 6 * count) as (put, get, _):
         while (now := time.time()) < start + 1:
-            for key in map(str, range(number * count, number * count + count)):
+            for key in map(str, range(number * few, number * few + few)):
                 put(key, data)
                 get(key)
-            done += 2 * size * count * (now >= start)
+            done += 2 * size * few * (now >= start)
         return done / (time.time() - start) / 1e9
-
-
-def throughput(peer, size, processes):
-    context, start = multiprocessing.get_context("spawn"), time.time() + 1.5
-    with folder() as place, PEERS[peer](place, size, 3 * max(2, (32 << 20) // size)), context.Pool(processes) as pool:
-        return sum(pool.starmap(worker, [(peer, place, size, number, start) for number in range(processes)]))
 
 
 def compare(args):
     print("us, and times the bare copy; then GB/s that one process and two put and get, and their ratio")
     for size in map(kv.parse_size, args.sizes.split(",")):
-        us = one_process(size, max(16, min(1024, (192 << 20) // size)))
+        count, data, other, works = max(16, min(1024, (192 << 20) // size)), random.randbytes(size), bytes(size), {}
+        numbers = [str(number) for number in range(2 * count)]
+        keys, more, misses = numbers[:count], numbers[count:], ["-" + number for number in numbers[:count]]
+        with contextlib.ExitStack() as stack:
+            for name, make in PEERS.items():
+                try:
+                    put, get, view = stack.enter_context(make(stack.enter_context(folder()), size, count))
+                except (ImportError, FileNotFoundError) as error:
+                    print(f"{name} is left out: {error}", file=sys.stderr)
+                    continue
+                new, again = (lambda key, put=put, data=data: put(key, data) for data in (data, other))
+                works_of = (new, keys), (again, keys), (get, keys), (view, keys), (get, misses), (new, more)
+                ops = OPS if name not in ("LMDB", "files") else OPS[:-1]  # those evict nothing
+                works |= {(op, name): work for op, work in zip(ops, works_of, strict=False) if work[0]}
+            us = take_turns(works)
         for name in dict.fromkeys(name for _, name in us):
-            row = {op: us.get((op, name)) for op in dict.fromkeys(op for op, _ in us)}
+            row = {op: us.get((op, name)) for op in OPS}
             for op in row.keys() - {"miss"}:
-                row[op] = row[op] and (row[op], row[op] / us["get" if op == "view" else op, "bare copy"])
-            one, two = (throughput(name, size, processes) for processes in (1, 2))
-            show(**{kv.format_size(size): name}, **row, one_process=one, two_processes=(two, two / one))
+                row[op] = row[op] and (row[op], row[op] / us["get" if op == "view" else op, "bare_copy"])
+            for number in (1, 2):
+                context, start = multiprocessing.get_context("spawn"), time.time() + 1.5
+                with folder() as place, PEERS[name](place, size, 6 * count), context.Pool(number) as pool:
+                    rates = pool.starmap(worker, [(name, place, size, count, i, start) for i in range(number)])
+                row[f"{number} at once"] = sum(rates) if number == 1 else (sum(rates), sum(rates) / row["1 at once"])
+            show(**{kv.format_size(size): name}, **row)
 
 
 def scale(args):
     print("us, and times that with 1,000 entries; values of one block, keys in random order")
-    for policy in kv.EvictionPolicy:
+    for policy in (policy.value for policy in kv.EvictionPolicy):
         with contextlib.ExitStack() as stack:
             works, counts = {}, (1000, 10_000, 100_000, 1_000_000)
             for count in counts:
-                place = stack.enter_context(folder())
-                pool = stack.enter_context(pool_for(place, kv.BLOCK_SIZE, count, eviction_policy=policy.value))
+                pool = stack.enter_context(pool_for(stack.enter_context(folder()), 4096, count, eviction_policy=policy))
                 put = lambda key, put=pool.put, data=bytes(kv.BLOCK_SIZE): put(key, data)  # noqa: E731
                 for number in range(count):
                     put(str(number))
@@ -210,48 +188,38 @@ def scale(args):
             us = take_turns(works)
         for count in counts:
             row = {op: (value, value / us[op, 1000]) for (op, number), value in us.items() if number == count}
-            show(policy=policy.value, entries=count, **row)
+            show(policy=policy, entries=count, **row)
 
 
 def allocator(args):
-    bitmap, chance, at = kv.BitmapAllocator(4 << 20), random.Random(0), 0
-    while at < bitmap.num_blocks - 1024:  # pieces of 1 to 256 blocks, then holes of up to 14 and a long one at the end
-        length = min(chance.randint(1, 256), bitmap.num_blocks - 1024 - at)
-        at = bitmap.allocate(length) + length
-    while bitmap.get_usage()[0] > 0.95 * bitmap.num_blocks:
+    bitmap, chance, at_end = kv.BitmapAllocator(4 << 20), random.Random(0), 90 * 1024
+    bitmap.allocate(bitmap.num_blocks)
+    bitmap.free(bitmap.num_blocks - at_end, at_end)
+    while bitmap.get_usage()[0] > 0.95 * bitmap.num_blocks:  # holes of 1 to 14 blocks everywhere
         with contextlib.suppress(ValueError):
-            bitmap.free(chance.randrange(at - 14), chance.randint(1, 14))
-    for blocks in (1, 16, 512):
-        start, times = bitmap.allocate(blocks), []
-        for _ in range(300):
-            bitmap.free(start, blocks)
-            times.append(seconds(bitmap.allocate, blocks))
-        bitmap.free(start, blocks)
-        show(blocks=blocks, allocate_us=statistics.median(times) * 1e6, found_at=start)
+            bitmap.free(chance.randrange(bitmap.num_blocks - at_end - 14), chance.randint(1, 14))
+    us = take_turns({("", blocks): (bitmap.allocate, [blocks] * 90) for blocks in (1, 16, 512)})
+    show(**{f"allocate({blocks}) us": value for (_, blocks), value in us.items()})
 
 
 def snapshot(args):
-    with folder(args.dir) as place, pool_for(place, 2 << 20, 512) as pool:
+    with folder(dir=args.dir) as place, pool_for(place, 2 << 20, 512) as pool:
         for number in range(512):
             pool.put(str(number), random.randbytes(2 << 20))
         path = Path(place, "snapshot")
-        works = {
-            "persist": pool.persist,
-            "cp and sync": lambda path: os.system(f"cp {path} {path}.new; sync {path}.new; rm {path}.new"),
-            "restore": lambda path: kv.KVCachePool.restore(path, name="x", store_path=place).close(),
-            "read": Path.read_bytes,
-        }
+        copy = lambda path: os.system(f"cp {path} {path}.new; sync {path}.new; rm {path}.new")  # noqa: E731
+        restore = lambda path: kv.KVCachePool.restore(path, name="x", store_path=place).close()  # noqa: E731
+        works = {"persist": pool.persist, "copy": copy, "restore": restore, "read": Path.read_bytes}
         us = take_turns({("", name): (work, [path] * 7) for name, work in works.items()}, turn=1)
-        for ours, other in (("persist", "cp and sync"), ("restore", "read")):
-            seconds = us["", ours] / 1e6, us["", ours] / us["", other]
-            show(GiB=ours, seconds=seconds, beside=other, it_takes=us["", other] / 1e6)
+        for ours, other in (("persist", "copy"), ("restore", "read")):
+            a, b = us["", ours] / 1000, us["", other] / 1000
+            show(GiB=ours, ms=(a, a / b), beside=other, its_ms=b)
 
 
 def attach(args):
     script = """if True:
         import sys, time; from kv_cache_manager import KVCachePool
-        data, times = b"x" * (2 << 20), [time.perf_counter()]
-        pool = KVCachePool.attach("bench", sys.argv[1])
+        data, times = b"x" * (2 << 20), [time.perf_counter()]; pool = KVCachePool.attach("bench", sys.argv[1])
         for work in (lambda: 0, lambda: pool.get("key"), lambda: pool.put("new", data)) * 2:
             work(); times.append(time.perf_counter())
         print(*(end - start for start, end in zip(times, times[1:])))"""
@@ -275,9 +243,8 @@ if __name__ == "__main__":
     parser.add_argument("--dir", default="/dev/shm", help="where snapshots go")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
-    model = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or platform.machine()
-    machine = f"{os.cpu_count()} x {model}, Linux {platform.release()}, Python {platform.python_version()}"
-    print(machine)
+    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
+    print(machine := f"{os.cpu_count()} x {cpu}, Linux {platform.release()}, Python {platform.python_version()}")
     args.mode(args)
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine, "rows": ROWS}, indent=1))

@@ -117,12 +117,13 @@ HEADER_JSON_AT = 1024
 # State words of the header, as indexes into the segment seen as 64-bit words.
 DIRTY = 64  # 1 while derived data may disagree with the records
 HITS, MISSES, PUTS, EVICTIONS = 65, 66, 67, 68
-ALLOCATED, FIRST_FREE, NO_RUN = 69, 70, 71  # counters of the bitmap, see BitmapAllocator
-NUM_ENTRIES = 72  # COMPLETE records
-NUM_BUSY = 73  # WRITING and CONDEMNED records
-FREE_SLOT, TOP_SLOT = 74, 75  # head of the list of freed slots; slots above TOP_SLOT were never used
-MOVE_SLOT, MOVE_FROM, MOVE_TO, MOVE_DONE = 76, 77, 78, 79  # journal of the block move under way, in blocks
-BOOT_ID = 80  # which boot of the machine wrote last (nvme pools outlive boots)
+ALLOCATED = 69  # the first of BITMAP_COUNTERS words, see BitmapAllocator
+BITMAP_COUNTERS = 4
+NUM_ENTRIES = 73  # COMPLETE records
+NUM_BUSY = 74  # WRITING and CONDEMNED records
+FREE_SLOT, TOP_SLOT = 75, 76  # head of the list of freed slots; slots above TOP_SLOT were never used
+MOVE_SLOT, MOVE_FROM, MOVE_TO, MOVE_DONE = 77, 78, 79, 80  # journal of the block move under way, in blocks
+BOOT_ID = 81  # which boot of the machine wrote last (nvme pools outlive boots)
 
 MAX_SESSIONS = 128
 SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
@@ -525,8 +526,9 @@ class Geometry(NamedTuple):
 class BitmapAllocator:
     """First-fit allocator of runs of blocks over a bitmap: bit 1 = in use, lowest bit of byte 0 = block 0.
 
-    Works over a buffer of its own, or over a slice of a segment with three counters beside it: blocks in use; a block
-    that no free block lies before; a run length that is known not to be there. The counters are derived.
+    Works over a buffer of its own, or over a slice of a segment with four counters beside it: blocks in use; a block
+    that no free block lies before; a length, and a block that no free run of that length begins before. The counters
+    are derived; the last three say where a search may begin, so that a torn bitmap is not searched from its start.
     Methods are thread-safe; those that end in `_locked` leave the locking to the caller.
     """
 
@@ -535,7 +537,7 @@ class BitmapAllocator:
         self.num_bytes = (self.num_blocks + 7) // 8
         self._lock = threading.Lock()
         self._bits = memoryview(bytearray(self.num_bytes)) if bitmap is None else bitmap
-        self._counters = memoryview(bytearray(24)).cast("q") if counters is None else counters
+        self._counters = memoryview(bytearray(8 * BITMAP_COUNTERS)).cast("q") if counters is None else counters
         if bitmap is None:
             self.rebuild_locked(())
 
@@ -576,6 +578,19 @@ class BitmapAllocator:
             self._bits[: self.num_bytes] = data
             self._reset_counters(bits.bit_count())
 
+    def hints_are_true(self) -> bool:
+        """Whether no free block lies, and no free run of the length begins, before the blocks that the counters name."""
+        _, first, length, begin = self._counters
+        starts = free = self._free_bits(0, self.num_blocks)
+        known = 1
+        while known < length and starts:
+            step = min(known, length - known)
+            starts &= starts >> step
+            known += step
+        low = (free & -free).bit_length() - 1 if free else self.num_blocks
+        lowest = (starts & -starts).bit_length() - 1 if starts else self.num_blocks
+        return 0 <= first <= low and 0 <= begin <= lowest
+
     def largest_free_run(self) -> int:
         """Length in blocks of the longest free run."""
         free = self._free_bits(0, self.num_blocks)
@@ -603,17 +618,21 @@ class BitmapAllocator:
     def find_locked(self, num_blocks: int) -> int | None:
         """The start of the lowest free run of `num_blocks`, left free."""
         counters = self._counters
-        first = counters[1]
-        end = first + num_blocks
-        if end <= self.num_blocks:  # most often the first free block begins a run that is long enough
-            bits = int.from_bytes(self._bits[first >> 3 : (end + 7) >> 3], "little") >> (first & 7)
+        begin = counters[1]
+        if num_blocks >= counters[2] and counters[3] > begin:
+            begin = counters[3]
+        end = begin + num_blocks
+        if end <= self.num_blocks:  # most often the run is right there
+            bits = int.from_bytes(self._bits[begin >> 3 : (end + 7) >> 3], "little") >> (begin & 7)
             if not bits & ((1 << num_blocks) - 1):
-                return first
-        if num_blocks >= counters[2] or num_blocks > self.num_blocks - counters[0]:
+                return begin
+        if num_blocks > self.num_blocks - counters[0]:
             return None
-        start = self._find_short(num_blocks) if num_blocks < 15 else self._find_long(num_blocks)
-        if start is None:
+        start = self._find_short(num_blocks, begin) if num_blocks < 15 else self._find_long(num_blocks, begin)
+        found = self.num_blocks if start is None else start
+        if num_blocks <= counters[2] or found > counters[3] + 4096:  # a hint that serves shorter runs too is worth more
             counters[2] = num_blocks
+            counters[3] = found
         return start
 
     def take_locked(self, start: int, num_blocks: int) -> None:
@@ -631,7 +650,9 @@ class BitmapAllocator:
         counters[0] -= num_blocks
         if start < counters[1]:
             counters[1] = start
-        counters[2] = self.num_blocks + 1
+        lowest = start - counters[2] + 1  # where a run that is long enough could begin now
+        if lowest < counters[3]:
+            counters[3] = max(lowest, 0)
 
     def rebuild_locked(self, runs: Iterable[tuple[int, int]]) -> None:
         """Start anew with just these (start, number of blocks) in use."""
@@ -644,20 +665,19 @@ class BitmapAllocator:
 
     def _reset_counters(self, allocated: int) -> None:
         self._counters[0] = allocated
-        self._counters[1] = 0
-        self._counters[2] = self.num_blocks + 1
+        self._counters[1] = self._counters[3] = 0
+        self._counters[2] = 1
 
     def _free_bits(self, start: int, stop: int) -> int:
         """The free blocks from `start` (a multiple of 8) to `stop`, as the 1 bits of an integer."""
         return ~int.from_bytes(self._bits[start >> 3 : (stop + 7) >> 3], "little") & ((1 << (stop - start)) - 1)
 
-    def _find_short(self, num_blocks: int) -> int | None:
+    def _find_short(self, num_blocks: int, begin: int) -> int | None:
         """Search windows as integers, small ones first: ANDing shifted copies leaves the starts of long enough runs."""
         counters = self._counters
         window = 256
-        first = counters[1]
-        position = first & ~7
-        full_so_far = True
+        position = begin & ~7
+        full_so_far = begin == counters[1]
         while position < self.num_blocks:
             free = self._free_bits(position, min(position + window + num_blocks, self.num_blocks))
             if full_so_far:  # all before is in use: the hint can move up
@@ -675,12 +695,12 @@ class BitmapAllocator:
             window = min(4 * window, 4096)
         return None
 
-    def _find_long(self, num_blocks: int) -> int | None:
+    def _find_long(self, num_blocks: int, begin: int) -> int | None:
         """A run of 15 or more holds whole zero bytes: search for those, then count the bits at their edges.
 
         In windows that grow, for the run is often near and copying the whole bitmap of a large pool takes 30 us.
         """
-        base, window = self._counters[1] >> 3, 256
+        base, window = begin >> 3, 256
         zeros = bytes((num_blocks - 7) // 8)
         while base < self.num_bytes:
             data = bytes(self._bits[base : min(base + window + num_blocks // 8 + 2, self.num_bytes)])
@@ -1231,7 +1251,6 @@ class Segment:
         """Write the header, the magic last: without it there is no pool."""
         fixed, text = self.header.encode()
         self.memory[HEADER_JSON_AT : HEADER_JSON_AT + len(text)] = text
-        self.words[NO_RUN] = self.header.geometry.num_blocks + 1
         self.words[BOOT_ID] = _boot_id()
         self.words[DIRTY] = 1  # the first one to lock builds the index
         self.memory[len(CACHE_MAGIC) : len(CACHE_MAGIC) + len(fixed)] = fixed
@@ -2306,7 +2325,7 @@ class KVCachePool:
         self._allocator = BitmapAllocator(
             geometry.num_blocks,
             segment.buffer[HEADER_SIZE : geometry.data_offset],
-            segment.words[ALLOCATED : NO_RUN + 1],
+            segment.words[ALLOCATED : ALLOCATED + BITMAP_COUNTERS],
         )
         self._order = EvictionManager(
             EvictionPolicy(self.config.eviction_policy),
@@ -3456,6 +3475,8 @@ class KVCachePool:
             problems.append(
                 f"the header counts {self._words[ALLOCATED]} blocks in use, there are {expected.get_usage()[0]}"
             )
+        if not self._allocator.hints_are_true():
+            problems.append("the header says of free blocks that there are none so near the start")
         if self._words[MOVE_SLOT]:
             problems.append(f"a move of slot {self._words[MOVE_SLOT]} is under way, outside of any change")
         if fix and problems:

@@ -377,6 +377,27 @@ class TestBitmapAllocator:
         allocator.free(5, 3)
         assert (allocator.allocate(4), allocator.allocate(2), allocator.allocate(1)) == (None, 5, 7)
 
+    @pytest.mark.parametrize("seed", range(40))
+    def test_first_fit_as_a_model_says(self, seed):
+        chance = random.Random(seed)
+        total = chance.choice([1, 8, 9, 63, 200, 1000, 9000, 20000])
+        sizes = chance.choice([[1], [1, 2, 3], [1, 16], [15, 16, 17, 40], [5, 600], range(1, 30)])
+        allocator, model, live = BitmapAllocator(total), bytearray(total), []
+        for _ in range(400):
+            if live and chance.random() < 0.45:
+                start, length = live.pop(chance.randrange(len(live)))
+                allocator.free(start, length)
+                model[start : start + length] = bytes(length)
+            else:
+                length = chance.choice(sizes)
+                lowest = model.find(bytes(length))
+                start = allocator.allocate(length)
+                assert start == (lowest if lowest >= 0 else None)
+                if start is not None:
+                    model[start : start + length] = b"\1" * length
+                    live.append((start, length))
+            assert allocator.hints_are_true()
+
     def test_a_part_of_a_run_can_be_freed(self):
         allocator = BitmapAllocator(64)
         allocator.allocate(64)
@@ -1602,6 +1623,13 @@ def view_and_use(pool: KVCachePool) -> None:
         bytes(view)
 
 
+def view_while_deleted(pool: KVCachePool) -> None:
+    with pool.view("old") as view:
+        pool.delete("old")
+        assert view is not None
+        bytes(view)
+
+
 def reserve_and_fill(pool: KVCachePool) -> None:
     with pool.reserve("new", LARGE) as view:
         assert view is not None
@@ -1619,10 +1647,12 @@ OPERATIONS: dict[str, tuple[Callable[[KVCachePool], None], Callable[[KVCachePool
     "put": (fill_roomy, lambda pool: pool.put("new", payload("new", SMALL), prefix_hash="p"), {"new"}),
     "put large": (fill_roomy, lambda pool: pool.put("new", payload("new", LARGE)), {"new"}),
     "overwrite": (fill_roomy, lambda pool: pool.put("old", payload("new", SMALL)), {"old"}),
+    "overwrite in place": (fill_roomy, lambda pool: pool.put("a", payload("new", SMALL), prefix_hash="p"), {"a"}),
     "overwrite large": (fill_roomy, lambda pool: pool.put("old", payload("new", LARGE)), {"old"}),
     "get": (fill_roomy, lambda pool: pool.get("a"), set()),
     "get large": (fill_roomy, lambda pool: pool.get("old"), set()),
     "view": (fill_roomy, view_and_use, set()),
+    "view of what is deleted": (fill_roomy, view_while_deleted, {"old"}),
     "reserve": (fill_roomy, reserve_and_fill, {"new"}),
     "delete": (fill_roomy, lambda pool: pool.delete("a"), {"a"}),
     "delete while pinned": (fill_roomy, delete_while_pinned, {"old"}),
@@ -1939,6 +1969,80 @@ class TestPool:
             assert pool.put("x", b"x")
             assert_sound(pool)
 
+    def test_a_view_that_has_ended_is_nobodys_pin(self) -> None:
+        with make_pool(8) as pool, KVCachePool.attach("pool") as other:
+            pool.put("k", payload("k", 6 * BLOCK_SIZE))
+            with pool.view("k"):
+                assert other.get_stats()["pinned_entries"] == 1
+                assert not other.put("big", bytes(5 * BLOCK_SIZE))
+            # from here on `pool` has made no call that could tell the others
+            assert_sound(other)
+            assert other.put("big", payload("big", 5 * BLOCK_SIZE))  # in the slot of "k", most likely
+            with other.view("big"), pool.view("big"):
+                assert pool.get("nothing") is None
+                assert pool.get_stats()["pinned_entries"] == 1
+                pool.delete("big")
+                assert not pool.put("k", bytes(8 * BLOCK_SIZE))
+            assert_sound(other)
+            assert pool.put("k", bytes(8 * BLOCK_SIZE))
+            assert_sound(other)
+
+    def test_only_the_last_of_several_views_gives_the_pin_back(self) -> None:
+        with make_pool(8) as pool, KVCachePool.attach("pool") as other:
+            for key in "ab":
+                pool.put(key, payload(key, 2 * BLOCK_SIZE))
+            with pool.view("a"):
+                with pool.view("a"), pool.view("b"):
+                    assert other.get_stats()["pinned_entries"] == 2
+                assert other.get_stats()["pinned_entries"] == 1
+                assert other.evict(100) == 1
+                assert list(other) == ["a"]
+            with pool.view("a"):
+                assert other.get_stats()["pinned_entries"] == 1
+            assert other.evict(100) == 1
+            assert_sound(pool)
+
+    def test_who_dies_after_a_view_leaves_no_pin(self) -> None:
+        with make_pool(8) as pool:
+            pool.put("k", payload("k", 6 * BLOCK_SIZE))
+
+            def work() -> None:
+                with pool.view("k"):
+                    pass
+                die()
+
+            assert in_child(work) == -signal.SIGKILL
+            assert_sound(pool)
+            with pool.view("k"), KVCachePool.attach("pool") as other:  # a session with the number of the dead one
+                assert not other.put("big", bytes(8 * BLOCK_SIZE))
+
+    def test_replacing_in_place_changes_what_it_should(self) -> None:
+        """Values of the same shape swap their blocks; what others see is as if the entry were new."""
+        with make_pool(64) as pool:
+            meta = {"prefix_hash": "p", "priority": 3, "sequence_length": 7, "layer_index": -1}
+            for key in ("k", "other"):
+                pool.put(key, payload("old", SMALL), **meta)
+            before, puts = pool.entries["k"], pool.get_stats()["puts"]
+            pool.get("k")
+            assert pool.put("k", payload("new", SMALL), **meta)
+            after = pool.entries["k"]
+            assert pool.get("k") == payload("new", SMALL)
+            assert after.created_at > before.created_at
+            assert (after.offset != before.offset, after.access_count) == (True, 1)
+            assert pool.get_stats()["puts"] == puts + 1
+            assert [entry.key for entry in pool.find_by_prefix("p")] == ["other", "k"]
+            for change in ({"priority": 4}, {"prefix_hash": "q"}, {"sequence_length": 8}, {"layer_index": 0}):
+                meta |= change
+                assert pool.put("k", payload("new", SMALL), **meta)
+                entry = pool.entries["k"].to_dict()
+                assert {name: entry[name] for name in meta} == meta
+            assert_sound(pool)
+            with pool.view("k") as view:
+                assert pool.put("k", payload("old", SMALL), **meta)
+                assert view == payload("new", SMALL)
+            assert pool.get("k") == payload("old", SMALL)
+            assert_sound(pool)
+
     def test_a_pinned_value_survives_being_deleted_and_replaced(self) -> None:
         with make_pool(8) as pool:
             pool.put("k", payload("k", 4 * BLOCK_SIZE))
@@ -2052,6 +2156,10 @@ class TestPool:
                 pool._allocator._bits[0] ^= 1
             elif name == "allocated":
                 words[kv.ALLOCATED] += 1
+            elif name == "first free":
+                words[kv.ALLOCATED + 1] += 1
+            elif name == "run":
+                words[kv.ALLOCATED + 3] = 1 << 40
             elif name == "entries":
                 words[kv.NUM_ENTRIES] += 1
             elif name == "busy":
@@ -2096,7 +2204,7 @@ class TestPool:
             "prefix link",
             "order",
         ]
-        names += ["size", "place", "overlap", "lengths", "text", "twins", "move"]
+        names += ["first free", "run", "size", "place", "overlap", "lengths", "text", "twins", "move"]
         for name in names:
             with make_pool() as pool:
                 for key in "abcd":
