@@ -523,6 +523,9 @@ class Geometry(NamedTuple):
 # ======================================================================================================================
 
 
+_IN_USE = b"\xff" * 8192
+
+
 class BitmapAllocator:
     """First-fit allocator of runs of blocks over a bitmap: bit 1 = in use, lowest bit of byte 0 = block 0.
 
@@ -579,7 +582,7 @@ class BitmapAllocator:
             self._reset_counters(bits.bit_count())
 
     def hints_are_true(self) -> bool:
-        """Whether no free block lies, and no free run of the length begins, before the blocks that the counters name."""
+        """Whether no free block lies, and no free run of the length begins, before what the counters say."""
         _, first, length, begin = self._counters
         starts = free = self._free_bits(0, self.num_blocks)
         known = 1
@@ -639,8 +642,10 @@ class BitmapAllocator:
         """Mark free blocks as in use."""
         self._mark(start, num_blocks, True)
         counters = self._counters
-        counters[0] += num_blocks
-        if start == counters[1]:
+        counters[0] = allocated = counters[0] + num_blocks
+        if allocated == self.num_blocks:
+            counters[1] = counters[3] = allocated  # so that the next block freed is known at once
+        elif start == counters[1]:
             counters[1] = start + num_blocks
 
     def free_locked(self, start: int, num_blocks: int) -> None:
@@ -693,6 +698,8 @@ class BitmapAllocator:
                 return position + (free & -free).bit_length() - 1
             position += window
             window = min(4 * window, 4096)
+            while window == 4096 and bytes(self._bits[position >> 3 : (position >> 3) + len(_IN_USE)]) == _IN_USE:
+                position += 8 * len(_IN_USE)  # a comparison passes over them ten times as fast as arithmetic
         return None
 
     def _find_long(self, num_blocks: int, begin: int) -> int | None:
@@ -1091,9 +1098,8 @@ def _available_memory() -> int | None:
 @functools.lru_cache(maxsize=1)
 def _boot_id() -> int:
     """A number that changes with every boot."""
-    with contextlib.suppress(OSError):
-        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
-            return zlib.crc32(file.read())
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        return zlib.crc32(file.read())
     return 0
 
 
@@ -2076,7 +2082,8 @@ def _wait_for_lock(fd: int) -> None:
     """Take a lock that somebody has: most often for a few microseconds, a tenth of what falling asleep costs."""
     for _ in range(SPINS):
         try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
             continue
     fcntl.flock(fd, fcntl.LOCK_EX)
