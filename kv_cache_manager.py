@@ -16,7 +16,7 @@ Byte offsets; every section starts where the one before ends, rounded up as note
                       rounded up to 4096
     data_offset       num_blocks * block_size       data region: the values
     index_offset      2 * 128 * 8                   session table: the pid of each open handle, 0 = free; then for each
-                                                    the slot of a pin that it has given back, 0 = none
+                                                    the slot that its view or copy under way reads, 0 = none
     (rounded up to 8) 2 * num_slots * 4             heads of the key chains, heads of the prefix chains
                       64 * num_slots + 128          eviction order: a 40-byte node a slot, a 24-byte bucket a slot
                       440 * (num_slots + 1)         entry table: one record a slot; slot 0 is never used
@@ -29,7 +29,7 @@ Valid if and only if
   records carry one key (a crash in the middle of an overwrite), the one with the greater sequence number counts.
 * A WRITING record (a value on its way in) counts only while the session that owns it is open. A CONDEMNED record (a
   value deleted or replaced while somebody reads it) counts only while a pin holds it.
-* A pin is a bit of its session in the record. It counts unless the session table names its slot as given back.
+* A record is pinned by the sessions that have a bit in it, and by those whose word in the session table names its slot.
 * Records and the sequence number, use count and priority in their eviction nodes are the truth. Bitmap, chains,
   eviction order, free lists and counters are derived from them, and `check()` compares all of them.
 
@@ -37,8 +37,8 @@ Who locks what
 --------------
 * The lock of a pool is `flock` on the segment's own file, plus a thread lock in each process. All metadata is read and
   written under it. Values of up to 64 KiB are copied under it too; larger ones outside, protected by a WRITING record
-  or a pin. One word is written without it: a session gives its latest pin back by naming the slot in the session
-  table, and clears pin and word when it next has the lock. That halves the cost of a view.
+  or a pin. One thing is done without it: a session clears its own word of the session table, to let go of what it
+  has read. That saves a view half of its cost; a second one at the same time takes a bit in the record, and the lock.
 * A session (one open handle) holds an open-file-description lock on a byte of its own, far behind the end of the file.
   The kernel drops it when the process dies: that is how pins and WRITING records of the dead are told from those of
   the living. A second byte, locked shared by every handle, tells whether anybody has the pool open.
@@ -124,6 +124,7 @@ NUM_BUSY = 74  # WRITING and CONDEMNED records
 FREE_SLOT, TOP_SLOT = 75, 76  # head of the list of freed slots; slots above TOP_SLOT were never used
 MOVE_SLOT, MOVE_FROM, MOVE_TO, MOVE_DONE = 77, 78, 79, 80  # journal of the block move under way, in blocks
 BOOT_ID = 81  # which boot of the machine wrote last (nvme pools outlive boots)
+TOP_SESSION = 82  # sessions from this number on were never used
 
 MAX_SESSIONS = 128
 SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
@@ -1282,6 +1283,7 @@ class Segment:
         for number in range(MAX_SESSIONS):
             if number not in taken and _try_lock_byte(self.fd, fcntl.F_WRLCK, SESSION_BYTE + number):
                 self.words[base + MAX_SESSIONS + number] = 0
+                self.words[TOP_SESSION] = max(self.words[TOP_SESSION], number + 1)
                 self.words[base + number] = os.getpid()
                 self.session = number
                 return
@@ -1358,7 +1360,7 @@ class EntryTable:
         self.num_slots = geometry.num_slots
         self._every_slot = range(self.num_slots)  # links that go in a circle must not hang anybody
         self._geometry = geometry
-        self._given_back = geometry.index_offset // 8 + MAX_SESSIONS
+        self._reads = geometry.index_offset // 8 + MAX_SESSIONS
         self._data_offset, self._block_size = geometry.data_offset, geometry.block_size
         self._records = geometry.records_offset // 4
         self._key_heads = geometry.heads_offset // 4
@@ -1497,7 +1499,7 @@ class EntryTable:
         return self._data_offset + self.halves[record + R_START] * self._block_size, size
 
     def is_same(self, slot: int, key: bytes, size: int, meta: EntryMeta) -> bool:
-        """Whether a value with this metadata could take the place of the one that is there, which nobody has pinned."""
+        """Whether a value has this size and metadata, and no session a bit in it."""
         word = (self._records + slot * HALVES_PER_RECORD) >> 1
         lengths = len(key), len(meta.prefix), len(meta.tensor)
         # From the sequence length on a record tells nothing of the value itself; the two zeros are its pins.
@@ -1515,28 +1517,45 @@ class EntryTable:
         self.words[word + W_EXTENT] = start | num_blocks << 32
         self.floats[word + W_CREATED] = self.floats[word + W_ACCESSED] = time.time()
 
+    def set_accessed(self, slot: int, now: float) -> None:
+        self.floats[((self._records + slot * HALVES_PER_RECORD) >> 1) + W_ACCESSED] = now
+
     def is_pinned(self, slot: int) -> bool:
-        """Whether any session has a pin on it that it has not given back."""
+        """Whether any session pins it."""
+        words = self.words
         word = ((self._records + slot * HALVES_PER_RECORD) >> 1) + W_PINS
-        pins = self.memory[8 * word : 8 * word + 16]
-        if pins == _NO_PINS:
-            return False
-        bits = int.from_bytes(pins, "little")
-        while bits:
-            if self.words[self._given_back + bits.bit_length() - 1] != slot:
-                return True
-            bits ^= 1 << (bits.bit_length() - 1)
-        return False
+        if words[word] or words[word + 1]:
+            return True
+        return slot in words[self._reads : self._reads + min(words[TOP_SESSION], MAX_SESSIONS)].tolist()
 
-    def give_back(self, slot: int, session: int) -> None:
-        """Make the pin of one session on a slot void (0: none is), which needs no lock: nobody else writes the word."""
-        self.words[self._given_back + session] = slot
+    def act_for(self, session: int) -> None:
+        """Whose pins `pin`, `unpin` and `read` are about: the session of this handle."""
+        self.session = session
+        self._own_pins = self._records + R_PINS + (session >> 5)  # of slot 0; those of others lie whole records further
+        self._own_bit = 1 << (session & 31)
 
-    def set_pin(self, slot: int, session: int, pinned: bool) -> None:
-        """Set or clear the pin of one session: a single write, so that no crash leaves half of it."""
+    def pin(self, slot: int) -> None:
+        """Set our own pin: a single write, so that no crash leaves half of it."""
+        half = self._own_pins + slot * HALVES_PER_RECORD
+        self.halves[half] = self.halves[half] | self._own_bit
+
+    def unpin(self, slot: int) -> None:
+        """Clear our own pin."""
+        half = self._own_pins + slot * HALVES_PER_RECORD
+        self.halves[half] = self.halves[half] & ~self._own_bit
+
+    def read(self, slot: int) -> None:
+        """Pin a slot by naming it as the one that we read, in place of the one before; 0, which needs no lock: none."""
+        self.words[self._reads + self.session] = slot
+
+    def clear_pin(self, slot: int, session: int) -> None:
+        """Clear the pin of another session, which has ended."""
         half = self.record(slot) + R_PINS + (session >> 5)
-        bit = 1 << (session & 31)
-        self.halves[half] = self.halves[half] | bit if pinned else self.halves[half] & ~bit
+        self.halves[half] = self.halves[half] & ~(1 << (session & 31))
+
+    def end_read(self, session: int) -> None:
+        """The same for what it was reading."""
+        self.words[self._reads + session] = 0
 
     def has_pin(self, slot: int, session: int) -> bool:
         return bool(self.halves[self.record(slot) + R_PINS + (session >> 5)] >> (session & 31) & 1)
@@ -2099,6 +2118,7 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
     ends_something = method.__name__ in (
         "_unpin",
         "_unpin_many",
+        "_free_unread",
         "_close_path",
         "_commit",
         "_join",
@@ -2124,10 +2144,8 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                 except BlockingIOError:
                     _wait_for_lock(fd)
                 self._is_locked = True
-                if self._words[DIRTY] or self._untidy or self._gone_views:
+                if self._untidy or self._gone_views or self._words[DIRTY]:
                     self._recover_locked()
-                if self._given_back:
-                    self._take_pin_back_locked()
                 return method(self, *args, **kwargs)
             except CacheError:
                 raise
@@ -2183,8 +2201,9 @@ class _View(contextlib.AbstractContextManager["memoryview | None"]):
         return view
 
     def __exit__(self, *_: object) -> None:
-        view, self._view = self._view, None
+        view = self._view
         if view is not None:
+            self._view = None
             self._pool._close_view(self.token, view)
 
 
@@ -2313,6 +2332,7 @@ class KVCachePool:
         self._path = segment.path
         self._identity = segment.header.identity
         self._mutex = threading.RLock()
+        self._barrier = threading.Lock()
         self._is_locked = False
         self._closing = False
         # What this handle holds: token -> slot that it pins or writes. It is the truth about our own pins and WRITING
@@ -2320,7 +2340,7 @@ class KVCachePool:
         self._holds: dict[int, int] = {}
         self._writes: set[int] = set()  # the tokens that write
         self._pins: dict[int, int] = {}  # slot -> how many of our tokens pin it
-        self._given_back = 0  # slot of our pin that the session table calls given back
+        self._reader = 0  # the token that pins by way of the session table
         self._view_refs: dict[int, _ViewRef] = {}
         self._pins_by_key: dict[bytes, list[int]] = {}
         self._tokens = itertools.count(1, 1 << 32)  # a path uses the numbers from its token on
@@ -2439,12 +2459,13 @@ class KVCachePool:
         """In a forked child: locks and session of our own, and none of the parent's views, pins and writes."""
         segment = self._segment
         self._mutex = threading.RLock()
+        self._barrier = threading.Lock()
         self._is_locked = False
         for mapping in (self._holds, self._pins, self._view_refs, self._pins_by_key):
             mapping.clear()
         self._writes.clear()
         self._gone_views.clear()
-        self._given_back = 0
+        self._reader = 0
         self._untidy = True
         if segment is not None:
             try:
@@ -2477,6 +2498,7 @@ class KVCachePool:
             if segment.session < 0:
                 self._reap_locked()
                 segment.join_locked()
+                self._table.act_for(segment.session)
             elif tidy:
                 self._tidy_locked()
             while self._gone_views:
@@ -2498,20 +2520,21 @@ class KVCachePool:
 
     def _tidy_locked(self) -> None:
         """Make our own pins and WRITING records agree with what this handle really holds."""
-        table, session = self._table, self._session
-        self._given_back = 0
-        self._pins = dict(Counter(slot for token, slot in self._holds.items() if token not in self._writes))
+        table, session = self._table, self._table.session
+        self._reader = self._reader if self._reader in self._holds else 0
+        bits = self._holds.keys() - self._writes - {self._reader}
+        self._pins = dict(Counter(self._holds[token] for token in bits))
+        table.read(self._holds.get(self._reader, 0))
         writing = {self._holds[token] for token in self._writes if token in self._holds}
         halves = table.halves
         stale = []
         for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
             if table.has_pin(slot, session) != (slot in self._pins):
-                table.set_pin(slot, session, slot in self._pins)
+                (table.pin if slot in self._pins else table.unpin)(slot)
             record = table.record(slot)
             abandoned = halves[record] == WRITING and halves[record + R_OWNER] == session and slot not in writing
             if abandoned or (halves[record] == CONDEMNED and not table.is_pinned(slot)):
                 stale.append(slot)
-        table.give_back(0, session)
         self._free_locked(stale)
 
     def _free_locked(self, slots: list[int]) -> None:
@@ -2534,10 +2557,12 @@ class KVCachePool:
         dead = [number for number in segment.session_pids() if not segment.is_alive(number)]
         if dead:
             stale = []
+            for session in dead:
+                table.end_read(session)
             for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
                 for session in dead:
                     if table.has_pin(slot, session):
-                        table.set_pin(slot, session, False)
+                        table.clear_pin(slot, session)
                 record = table.record(slot)
                 state = table.halves[record]
                 if (state == WRITING and table.halves[record + R_OWNER] in dead) or (
@@ -2600,27 +2625,39 @@ class KVCachePool:
             end, last = start + num_blocks, slot
         return problems, entries, others
 
-    @property
-    def _session(self) -> int:
-        return self._segment.session  # type: ignore[union-attr]
-
     # --- holding: pins and writes ------------------------------------------------------------------------------------
+
+    def _read_locked(self, slot: int, token: int) -> None:
+        """Pin for as long as a view or a copy lasts."""
+        if self._reader:
+            return self._pin_locked(slot, token)
+        self._holds[token] = slot
+        self._reader = token
+        return self._table.read(slot)
 
     def _pin_locked(self, slot: int, token: int) -> None:
         self._holds[token] = slot
         count = self._pins.get(slot, 0)
         if not count:
-            self._table.set_pin(slot, self._session, True)
+            self._table.pin(slot)
         self._pins[slot] = count + 1
 
     def _unpin_locked(self, token: int) -> None:
         slot = self._holds.pop(token)
-        count = self._pins[slot] - 1
-        if count:
-            self._pins[slot] = count
-            return
-        del self._pins[slot]
-        self._table.set_pin(slot, self._session, False)
+        if token == self._reader:
+            self._reader = 0
+            self._table.read(0)
+        else:
+            count = self._pins[slot] - 1
+            if count:
+                self._pins[slot] = count
+                return
+            del self._pins[slot]
+            self._table.unpin(slot)
+        self._free_unread_locked(slot)
+
+    def _free_unread_locked(self, slot: int) -> None:
+        """Give back what a deleted value holds, once nobody reads it any more."""
         if self._table.halves[self._table.record(slot)] == CONDEMNED and not self._table.is_pinned(slot):
             self._free_locked([slot])
 
@@ -2629,28 +2666,23 @@ class KVCachePool:
         if token in self._holds:  # else: taken over by a parent's child, or tidied away
             self._unpin_locked(token)
 
-    def _take_pin_back_locked(self) -> None:
-        """Clear the pin that was given back without the lock."""
-        slot, table = self._given_back, self._table
-        table.set_pin(slot, self._session, False)
-        table.give_back(0, self._session)
-        self._given_back = 0
-        if table.halves[table.record(slot)] == CONDEMNED and not table.is_pinned(slot):
-            self._free_locked([slot])
+    @_locked
+    def _free_unread(self, slot: int) -> None:
+        self._free_unread_locked(slot)
 
     def _release_pin(self, token: int) -> None:
-        """Unpin from outside the lock, and without it if it is the only pin that this handle has to give back."""
-        table = self._table
+        """Unpin from outside the lock, and without it if it can be."""
         try:
+            slot = 0
             with self._mutex:
-                slot = self._holds.get(token, 0)
-                at_once = self._given_back or self._is_locked or self._closing or self._pins.get(slot) != 1
-                if not at_once:
-                    del self._holds[token], self._pins[slot]
-                    self._given_back = slot
-                    table.give_back(slot, self._session)
-            if at_once or table.halves[table.record(slot)] == CONDEMNED:  # looked at last: it may become so meanwhile
+                if token == self._reader and not self._is_locked:
+                    slot = self._holds.pop(token)
+                    self._reader = 0
+                    self._table.read(0)
+            if not slot:
                 self._unpin(token)
+            elif self._table.halves[self._table.record(slot)] == CONDEMNED:  # looked at last: it may just become so
+                self._free_unread(slot)
         except BaseException:
             self._abandon(token)
             raise
@@ -2705,7 +2737,7 @@ class KVCachePool:
         self._writes.add(token)  # first: an interrupt from here on makes `_abandon` look for records that nobody holds
         self._words[DIRTY] = 1
         self._allocator.take_locked(room[0], num_blocks)
-        slot = self._table.claim(key, size, room[0], num_blocks, self._session, meta)
+        slot = self._table.claim(key, size, room[0], num_blocks, self._table.session, meta)
         self._holds[token] = slot
         self._words[DIRTY] = 0
         return slot
@@ -2893,7 +2925,14 @@ class KVCachePool:
         halves = table.halves
         record = table.record(slot)
         pinned = table.is_pinned(slot)
-        halves[record] = CONDEMNED if pinned else FREE
+        if pinned:
+            # Its reader clears its word without the lock, and then looks for CONDEMNED; so look again, in the opposite
+            # order, or neither would free the blocks. The lock is for its memory barrier; that reader has one too.
+            halves[record] = CONDEMNED
+            with self._barrier:
+                pinned = table.is_pinned(slot)
+        if not pinned:
+            halves[record] = FREE
         table.unlink(slot)
         self._order.unlink_locked(slot)
         words[NUM_ENTRIES] -= 1
@@ -2976,9 +3015,8 @@ class KVCachePool:
         self._memory[at : at + size] = data  # into free blocks: dying here leaves nothing to put in order
         words[DIRTY] = 1
         self._allocator.take_locked(start, num_blocks)
-        if old and table.is_same(
-            old, key, size, meta
-        ):  # spares half of what a new record and dropping the old one cost
+        # Swapping in the blocks spares half of what a new record, and dropping the old one, would cost.
+        if old and table.is_same(old, key, size, meta) and not table.is_pinned(old):
             extent = table.extent(old)
             table.swap(old, start, num_blocks)
             self._allocator.free_locked(*extent)
@@ -2988,7 +3026,7 @@ class KVCachePool:
                 table.link(old)
             words[PUTS] += 1
         else:
-            slot = table.claim(key, size, start, num_blocks, self._session, meta)
+            slot = table.claim(key, size, start, num_blocks, table.session, meta)
             self._enter_locked(slot, old, self._order.numbers_locked(old)[1] if old else 0, meta.priority)
         words[DIRTY] = 0
         return True
@@ -3116,7 +3154,7 @@ class KVCachePool:
         offset, size = self._table.place(slot)
         if size <= COPY_UNDER_LOCK:
             return self._memory[offset : offset + size]
-        self._pin_locked(slot, token)
+        self._read_locked(slot, token)
         return offset, size
 
     def _use_locked(self, key: bytes) -> int:
@@ -3124,13 +3162,13 @@ class KVCachePool:
         table, words = self._table, self._words
         slot = table.find(key)
         if not slot:
-            words[MISSES] += 1
+            words[MISSES] = words[MISSES] + 1  # += takes twice as long
             return 0
         words[DIRTY] = 1
         self._order.touch_locked(slot)
         words[DIRTY] = 0
-        table.floats[(table.record(slot) >> 1) + W_ACCESSED] = time.time()
-        words[HITS] += 1
+        table.set_accessed(slot, time.time())
+        words[HITS] = words[HITS] + 1
         return slot
 
     def view(self, key: str) -> contextlib.AbstractContextManager[memoryview | None]:
@@ -3139,7 +3177,8 @@ class KVCachePool:
         The entry is pinned inside the block: neither evicted, moved nor overwritten. A numpy array made from the view
         keeps it so for as long as the array lives. Otherwise changes the same as `get`.
         """
-        self._check_open()
+        if self._closing or self._segment is None:
+            self._check_open()
         return _View(self, encode_key(key))
 
     @_locked
@@ -3149,7 +3188,7 @@ class KVCachePool:
             return None
         assert self._segment is not None
         view = self._lend(self._segment.read_only, *self._table.place(slot), token)
-        self._pin_locked(slot, token)
+        self._read_locked(slot, token)
         return view
 
     def _lend(self, memory: memoryview, offset: int, size: int, token: int) -> memoryview:
@@ -3165,12 +3204,15 @@ class KVCachePool:
         return memoryview(PickleBuffer(owner))
 
     def _close_view(self, token: int, view: memoryview) -> None:
-        owner = view.obj  # kept until its reference has been dropped
-        if _take_back(view):  # else the pin stays until the arrays that were made from it go
-            if token in self._holds:
-                self._release_pin(token)
-            self._view_refs.pop(token, None)
-        del owner
+        owner = cast(memoryview, view.obj)  # kept until its reference has been dropped
+        try:
+            view.release()
+            owner.release()
+        except BufferError:
+            return  # the pin stays until the arrays that were made from it go
+        if token in self._holds:
+            self._release_pin(token)
+        self._view_refs.pop(token, None)
 
     def pin(self, key: str) -> bool:
         """Keep the value that is there now from being evicted or moved until `unpin` or `close`; False if none is.
@@ -3266,7 +3308,7 @@ class KVCachePool:
         self._words[DIRTY] = 0
         now = time.time()
         for slot in path:
-            self._table.floats[(self._table.record(slot) >> 1) + W_ACCESSED] = now
+            self._table.set_accessed(slot, now)
         return path
 
     @_locked

@@ -1987,6 +1987,25 @@ class TestPool:
             assert pool.put("k", bytes(8 * BLOCK_SIZE))
             assert_sound(other)
 
+    def test_a_view_that_ends_just_when_its_value_is_deleted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The reader lets go without the lock, after the other has seen the pin and before it has said so."""
+        with make_pool(8) as pool, KVCachePool.attach("pool") as other:
+            pool.put("k", payload("k", BLOCK_SIZE))
+            reader = pool.view("k")
+            reader.__enter__()
+            is_pinned = other._table.is_pinned
+
+            def slow(slot: int) -> bool:
+                pinned = is_pinned(slot)
+                if pinned:
+                    reader.__exit__(None, None, None)
+                return pinned
+
+            monkeypatch.setattr(other._table, "is_pinned", slow)
+            assert other.delete("k")
+            assert other.get_stats()["allocated_blocks"] == 0
+            assert_sound(other)
+
     def test_only_the_last_of_several_views_gives_the_pin_back(self) -> None:
         with make_pool(8) as pool, KVCachePool.attach("pool") as other:
             for key in "ab":
