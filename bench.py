@@ -29,7 +29,7 @@ from pathlib import Path
 import kv_cache_manager as kv
 
 OPS = ("put new", "overwrite", "get", "view", "miss", "evicting put")
-ROWS = []  # what --json writes
+COUNTS, ROWS = (1000, 10_000, 100_000, 1_000_000), []  # of entries for --scale; what --json writes
 folder = functools.partial(tempfile.TemporaryDirectory, dir="/dev/shm", ignore_cleanup_errors=True)
 
 
@@ -73,7 +73,7 @@ class Peers:
         yield put, lambda key: None if key[0] == "-" else bytes(memory[int(key) % count * size :][:size]), None
 
     def this_pool(place, size, count):
-        with pool_for(place, size, count) as pool:
+        with pool_for(place, size, count + 1) as pool:  # to replace a value there must be room for one more
 
             def view(key):
                 with pool.view(key):
@@ -131,14 +131,16 @@ PEERS = {name: contextlib.contextmanager(make) for name, make in vars(Peers).ite
 
 def worker(peer, place, size, count, number, start):
     """GB/s that one of several processes puts and gets, 32 MiB of its own again and again, in a second from `start`."""
-    data, done, few = random.randbytes(size), 0, max(2, (32 << 20) // size)
+    data, done, first, few = random.randbytes(size), 0, 0, max(2, (32 << 20) // size)
     with PEERS[peer](place, size, 6 * count) as (put, get, _):
-        while (now := time.time()) < start + 1:
+        while not done or time.time() < start + 1:
+            began = time.time()
             for key in map(str, range(number * few, number * few + few)):
                 put(key, data)
                 get(key)
-            done += 2 * size * few * (now >= start)
-        return done / (time.time() - start) / 1e9
+            if began > start:
+                first, done = first or began, done + 2 * size * few
+        return done / (time.time() - first) / 1e9
 
 
 def compare(args):
@@ -175,8 +177,8 @@ def scale(args):
     print("us, and times that with 1,000 entries; values of one block, keys in random order")
     for policy in (policy.value for policy in kv.EvictionPolicy):
         with contextlib.ExitStack() as stack:
-            works, counts = {}, (1000, 10_000, 100_000, 1_000_000)
-            for count in counts:
+            works = {}
+            for count in COUNTS:
                 pool = stack.enter_context(pool_for(stack.enter_context(folder()), 4096, count, eviction_policy=policy))
                 put = lambda key, put=pool.put, data=bytes(kv.BLOCK_SIZE): put(key, data)  # noqa: E731
                 for number in range(count):
@@ -186,15 +188,14 @@ def scale(args):
                 works["miss", count] = pool.get, ["-" + key for key in keys]
                 works["evicting put", count] = put, [str(number) for number in range(count, count + 8000)]
             us = take_turns(works)
-        for count in counts:
+        for count in COUNTS:
             row = {op: (value, value / us[op, 1000]) for (op, number), value in us.items() if number == count}
             show(policy=policy, entries=count, **row)
 
 
 def allocator(args):
     bitmap, chance, at_end = kv.BitmapAllocator(4 << 20), random.Random(0), 90 * 1024
-    bitmap.allocate(bitmap.num_blocks)
-    bitmap.free(bitmap.num_blocks - at_end, at_end)
+    bitmap.allocate(bitmap.num_blocks - at_end)
     while bitmap.get_usage()[0] > 0.95 * bitmap.num_blocks:  # holes of 1 to 14 blocks everywhere
         with contextlib.suppress(ValueError):
             bitmap.free(chance.randrange(bitmap.num_blocks - at_end - 14), chance.randint(1, 14))
@@ -206,11 +207,10 @@ def snapshot(args):
     with folder(dir=args.dir) as place, pool_for(place, 2 << 20, 512) as pool:
         for number in range(512):
             pool.put(str(number), random.randbytes(2 << 20))
-        path = Path(place, "snapshot")
         copy = lambda path: os.system(f"cp {path} {path}.new; sync {path}.new; rm {path}.new")  # noqa: E731
         restore = lambda path: kv.KVCachePool.restore(path, name="x", store_path=place).close()  # noqa: E731
         works = {"persist": pool.persist, "copy": copy, "restore": restore, "read": Path.read_bytes}
-        us = take_turns({("", name): (work, [path] * 7) for name, work in works.items()}, turn=1)
+        us = take_turns({("", name): (work, [Path(place, "snapshot")] * 7) for name, work in works.items()}, turn=1)
         for ours, other in (("persist", "copy"), ("restore", "read")):
             a, b = us["", ours] / 1000, us["", other] / 1000
             show(GiB=ours, ms=(a, a / b), beside=other, its_ms=b)
@@ -228,11 +228,11 @@ def attach(args):
         pool.put("key", random.randbytes(2 << 20))
         runs = [subprocess.check_output([sys.executable, "-c", script, place]).split() for _ in range(15)]
         us = [statistics.median(map(float, column)) * 1e6 for column in zip(*runs, strict=True)]
-        show(open_1_GiB_us=us[0], get_2_MiB_us=us[1], again_us=us[4], put_2_MiB_us=us[2], once_more_us=us[5])
-        commands = {"python": ["-c", ""], "status": ["-c", cortex, "--store", place, "status", "bench"]}
-        run = lambda arguments: subprocess.check_output([sys.executable, *arguments])  # noqa: E731
-        us = take_turns({("", name): (run, [command] * 15) for name, command in commands.items()}, turn=1)
-        show(**{f"{name} ms": value / 1000 for (_, name), value in us.items()})
+        show(open_us=us[0], first_get_us=us[1], second_get_us=us[4], first_put_us=us[2], second_put_us=us[5])
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or the module is compiled every time
+        runs = ([sys.executable, "-c", ""], [sys.executable, "-c", cortex, "--store", place, "status", "bench"])
+        us = take_turns({("", run[2][:1]): (subprocess.check_output, [run] * 15) for run in runs}, turn=1)
+        show(python_ms=us["", ""] / 1000, status_ms=us["", "i"] / 1000)
 
 
 if __name__ == "__main__":

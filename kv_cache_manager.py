@@ -3602,8 +3602,8 @@ class KVCachePool:
     ) -> KVCachePool | None:
         """Open the pool that a snapshot was taken of, or make it as the constructor does, and put the entries in.
 
-        None if there is no such file. CorruptionError if it is damaged, before anything has changed; with `salvage`
-        what is intact is taken. Entries that are there under the same keys are replaced, others stay. `name` and
+        None if there is no such file. CorruptionError if it is damaged, before anything has changed (a pool that was
+        made for it is removed); with `salvage` what is intact is taken. Entries that are there under the same keys are replaced, others stay. `name` and
         `changes` (size_bytes, tier, ...) override the config in the snapshot for a pool that is made. A safetensors
         file of another program goes into a pool named after the file. Where not all entries fit, those that the
         policy would evict first are left out.
