@@ -786,6 +786,7 @@ class EvictionManager:
             raise InvalidArgumentError(f"policy {_show(policy)} must be an EvictionPolicy") from None
         self._key_of = POLICY_KEY[self.policy]
         self._is_fifo, self._is_lfu = self.policy is EvictionPolicy.FIFO, self.policy is EvictionPolicy.LFU
+        self._has_keys = self._is_lfu or self.policy is EvictionPolicy.PRIORITY  # else there is one bucket at most
         self._lock = threading.Lock()
         self._slot_of: dict[str, int] = {}
         self._entry_of: dict[int, CacheEntry] = {}
@@ -892,18 +893,22 @@ class EvictionManager:
         """Put a stamped slot into the order, behind all others of its key."""
         halves, words = self._halves, self._words
         node = self._nodes + slot * _NODE_HALVES
-        word = node >> 1
-        key = self._key_of(words[word + _COUNT], words[word + _PRIORITY])
         bucket = halves[_RING + _LOWER]  # the highest one; restored entries come in ascending order
-        if bucket != _RING and words[(bucket >> 1) + _KEY] > key:
-            bucket = halves[_RING + _HIGHER]
-            while words[(bucket >> 1) + _KEY] < key:
-                bucket = halves[bucket + _HIGHER]
-            if words[(bucket >> 1) + _KEY] != key:
-                bucket = halves[bucket + _LOWER]
-        if bucket == _RING or words[(bucket >> 1) + _KEY] != key:
-            bucket = self._new_bucket(bucket, key)
-        self._append(node, bucket)
+        if self._has_keys or bucket == _RING:
+            key = self._key_of(words[(node >> 1) + _COUNT], words[(node >> 1) + _PRIORITY])
+            if bucket != _RING and words[(bucket >> 1) + _KEY] > key:
+                bucket = halves[_RING + _HIGHER]
+                while words[(bucket >> 1) + _KEY] < key:
+                    bucket = halves[bucket + _HIGHER]
+                if words[(bucket >> 1) + _KEY] != key:
+                    bucket = halves[bucket + _LOWER]
+            if bucket == _RING or words[(bucket >> 1) + _KEY] != key:
+                bucket = self._new_bucket(bucket, key)
+        last = halves[bucket]
+        halves[node] = last
+        halves[node + _NEXT] = halves[node + _BUCKET] = bucket
+        halves[last + _NEXT] = node
+        halves[bucket] = node
 
     def unlink_locked(self, slot: int) -> None:
         """Take a slot out of the order."""
@@ -1015,15 +1020,6 @@ class EvictionManager:
         if found == expected:
             return []
         return [f"eviction order lists slots {found[:8]}..., the records say {expected[:8]}..."]
-
-    def _append(self, node: int, bucket: int) -> None:
-        halves = self._halves
-        last = halves[bucket]
-        halves[node] = last
-        halves[node + _NEXT] = bucket
-        halves[node + _BUCKET] = bucket
-        halves[last + _NEXT] = node
-        halves[bucket] = node
 
     def _new_bucket(self, lower: int, key: int) -> int:
         """An empty bucket right above another one."""
@@ -1387,7 +1383,7 @@ class EntryTable:
         raise IndexError
 
     def claim(self, key: bytes, size: int, start: int, num_blocks: int, owner: int, meta: EntryMeta) -> int:
-        """Make a WRITING record; returns its slot, 0 if all are taken."""
+        """Fill in a record, its state still FREE; returns its slot, 0 if all are taken."""
         halves, words = self.halves, self.words
         slot = words[FREE_SLOT]
         if slot:
@@ -1408,8 +1404,6 @@ class EntryTable:
             + meta.prefix
             + meta.tensor
         )  # fmt: skip
-        halves[record] = WRITING
-        words[NUM_BUSY] += 1
         return slot
 
     def release(self, slot: int) -> None:
@@ -2146,7 +2140,7 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                 self._is_locked = True
                 if self._untidy or self._gone_views or self._words[DIRTY]:
                     self._recover_locked()
-                return method(self, *args, **kwargs)
+                return method(self, *args, **kwargs) if kwargs else method(self, *args)  # type: ignore[call-arg]
             except CacheError:
                 raise
             except (IndexError, ValueError, OverflowError) as error:  # somebody else has written into the index
@@ -2738,6 +2732,8 @@ class KVCachePool:
         self._words[DIRTY] = 1
         self._allocator.take_locked(room[0], num_blocks)
         slot = self._table.claim(key, size, room[0], num_blocks, self._table.session, meta)
+        self._table.halves[self._table.record(slot)] = WRITING
+        self._words[NUM_BUSY] += 1
         self._holds[token] = slot
         self._words[DIRTY] = 0
         return slot
@@ -3070,13 +3066,14 @@ class KVCachePool:
         if times is not None:
             table.floats[(record >> 1) + W_CREATED], table.floats[(record >> 1) + W_ACCESSED] = times
         self._enter_locked(slot, old, count, words[(record >> 1) + W_PRIORITY])
+        words[NUM_BUSY] -= 1
         self._writes.discard(token)
         del self._holds[token]
         words[DIRTY] = 0
         return slot
 
     def _enter_locked(self, slot: int, old: int, count: int, priority: int) -> None:
-        """Make a WRITING record an entry, in place of `old`. DIRTY is set."""
+        """Make a record that has been filled in an entry, in place of `old`. DIRTY is set."""
         table, order, words = self._table, self._order, self._words
         order.stamp_locked(slot, count, priority)
         table.halves[table.record(slot)] = COMPLETE
@@ -3084,9 +3081,8 @@ class KVCachePool:
             self._drop_locked(old)
         table.link(slot)
         order.link_locked(slot)
-        words[NUM_ENTRIES] += 1
-        words[NUM_BUSY] -= 1
-        words[PUTS] += 1
+        words[NUM_ENTRIES] = words[NUM_ENTRIES] + 1
+        words[PUTS] = words[PUTS] + 1
 
     def allocate(
         self,
@@ -3136,14 +3132,14 @@ class KVCachePool:
         token = next(self._tokens)
         try:
             found = self._get(encoded, token)
-            if type(found) is tuple:
+            if isinstance(found, tuple):
                 offset, size = found
                 found = self._memory[offset : offset + size]
                 self._release_pin(token)
         except BaseException:
             self._abandon(token)
             raise
-        return cast("bytes | None", found)
+        return found
 
     @_locked
     def _get(self, key: bytes, token: int) -> bytes | tuple[int, int] | None:
@@ -3204,7 +3200,7 @@ class KVCachePool:
         return memoryview(PickleBuffer(owner))
 
     def _close_view(self, token: int, view: memoryview) -> None:
-        owner = cast(memoryview, view.obj)  # kept until its reference has been dropped
+        owner: Any = view.obj  # kept until its reference has been dropped
         try:
             view.release()
             owner.release()
@@ -3603,10 +3599,10 @@ class KVCachePool:
         """Open the pool that a snapshot was taken of, or make it as the constructor does, and put the entries in.
 
         None if there is no such file. CorruptionError if it is damaged, before anything has changed (a pool that was
-        made for it is removed); with `salvage` what is intact is taken. Entries that are there under the same keys are replaced, others stay. `name` and
-        `changes` (size_bytes, tier, ...) override the config in the snapshot for a pool that is made. A safetensors
-        file of another program goes into a pool named after the file. Where not all entries fit, those that the
-        policy would evict first are left out.
+        made for it is removed); with `salvage` what is intact is taken. Entries that are there under the same keys are
+        replaced, others stay. `name` and `changes` (size_bytes, tier, ...) override the config in the snapshot for a
+        pool that is made. A safetensors file of another program goes into a pool named after the file. Where not all
+        entries fit, those that the policy would evict first are left out.
         """
         found = restore_snapshot(check_path(path), _real_store_path(store_path), True, name, changes, salvage, progress)
         return found[0] if found else None
