@@ -205,15 +205,15 @@ def allocator(args):
 
 def snapshot(args):
     with folder(dir=args.dir) as place, pool_for(place, 2 << 20, 512) as pool:
-        for number in range(512):
-            pool.put(str(number), random.randbytes(2 << 20))
+        assert all(pool.put(str(number), random.randbytes(2 << 20)) for number in range(512))
         copy = lambda path: os.system(f"cp {path} {path}.new; sync {path}.new; rm {path}.new")  # noqa: E731
-        restore = lambda path: kv.KVCachePool.restore(path, name="x", store_path=place).close()  # noqa: E731
-        works = {"persist": pool.persist, "copy": copy, "restore": restore, "read": Path.read_bytes}
+        restore, made = (lambda path: made.append(kv.KVCachePool.restore(path, name="x", store_path=place))), []
+        works = {"persist": pool.persist, "copy": copy, "restore": restore}
+        works |= {"close": lambda path: made.clear(), "read": Path.read_bytes}
         us = take_turns({("", name): (work, [Path(place, "snapshot")] * 7) for name, work in works.items()}, turn=1)
+        ms = {name: value / 1000 for (_, name), value in us.items()}
         for ours, other in (("persist", "copy"), ("restore", "read")):
-            a, b = us["", ours] / 1000, us["", other] / 1000
-            show(GiB=ours, ms=(a, a / b), beside=other, its_ms=b)
+            show(GiB=ours, ms=(ms[ours], ms[ours] / ms[other]), beside=other, its_ms=ms[other])
 
 
 def attach(args):
@@ -223,7 +223,7 @@ def attach(args):
         for work in (lambda: 0, lambda: pool.get("key"), lambda: pool.put("new", data)) * 2:
             work(); times.append(time.perf_counter())
         print(*(end - start for start, end in zip(times, times[1:])))"""
-    cortex = "import sys, kv_cache_manager; sys.exit(kv_cache_manager.main())"  # what the console script does
+    cortex = "import kv_cache_manager; kv_cache_manager.main()"  # what the console script does
     with folder() as place, pool_for(place, 2 << 20, 512) as pool:
         pool.put("key", random.randbytes(2 << 20))
         runs = [subprocess.check_output([sys.executable, "-c", script, place]).split() for _ in range(15)]

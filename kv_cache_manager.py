@@ -3982,6 +3982,7 @@ class PrefixCache:
                 place = pool._reserve(encoded, size, meta, token)
                 if place is None:
                     break
+                pool._map_pages(*place)
                 with pool._buffer[place[0] : place[0] + size] as target:
                     write(number, target)
                     checksum = zlib.crc32(target) if self.verify else 0
