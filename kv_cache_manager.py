@@ -4737,17 +4737,23 @@ def build_parser() -> argparse.ArgumentParser:
     """The argument parser of `cortex cache`."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="cortex cache", description="A shared-memory KV cache for LLM inference.")
+    width = 80  # what argparse would find out too, by way of imports that take longer than all the rest
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        width = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
+    look: Any = functools.partial(argparse.HelpFormatter, width=width - 2)
+    about = "A shared-memory KV cache for LLM inference."
+    parser = argparse.ArgumentParser(prog="cortex cache", description=about, formatter_class=look)
     parser.add_argument("--version", action="version", version=f"kv-cache-manager {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = argparse.ArgumentParser(add_help=False, formatter_class=look)
     store_help = "store directory (default: $CORTEX_CACHE_DIR or ~/.config/cortex/kv_cache)"
     parser.add_argument("--store", metavar="DIR", help=store_help)
     common.add_argument("--store", metavar="DIR", help=store_help, default=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, prog=parser.prog)
 
     def command(name: str, *, json_too: bool = False) -> argparse.ArgumentParser:
         text = getattr(KVCacheCLI, name).__doc__
-        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[common])
+        about = f"{text[0].upper()}{text[1:]}."
+        sub = commands.add_parser(name, help=text, description=about, parents=[common], formatter_class=look)
         if json_too:
             sub.add_argument("--json", action="store_true", help="print JSON")
         return sub
