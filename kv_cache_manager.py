@@ -62,6 +62,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -78,7 +79,7 @@ import time
 import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from pickle import PickleBuffer
@@ -249,6 +250,7 @@ class EvictionPolicy(Enum):
     LFU = "lfu"  # least often read
     FIFO = "fifo"  # first stored
     PRIORITY = "priority"  # lowest priority
+    ADAPTIVE = "adaptive"  # least likely to be used again, by how long entries usually wait for their second use
 
 
 POLICY_HELP = {
@@ -256,6 +258,7 @@ POLICY_HELP = {
     EvictionPolicy.LFU: "least often read first; for hot and cold data that stay so",
     EvictionPolicy.FIFO: "first stored first; for streams and time-based expiry",
     EvictionPolicy.PRIORITY: "lowest priority first, then least recently used; for prompts that must stay",
+    EvictionPolicy.ADAPTIVE: "least likely to be used again first, learnt from reuse; for chat with small caches",
 }
 
 
@@ -460,12 +463,13 @@ def _checked_meta(key: bytes, size: int, meta: Mapping[str, Any]) -> EntryMeta:
 
 
 class Geometry(NamedTuple):
-    """Where everything lies in a segment; all of it follows from four numbers."""
+    """Where everything lies in a segment; all of it follows from four numbers and the policy."""
 
     size_bytes: int
     block_size: int
     num_blocks: int
     max_entries: int
+    policy: EvictionPolicy  # ADAPTIVE needs room for ghosts
 
     @classmethod
     def of(cls, config: CachePoolConfig) -> Geometry:
@@ -479,7 +483,8 @@ class Geometry(NamedTuple):
         num_blocks = (size_bytes - HEADER_SIZE - BITMAP_SIZE) // block_size
         while HEADER_SIZE + cls.bitmap_bytes(num_blocks) + num_blocks * block_size > size_bytes:
             num_blocks = (size_bytes - HEADER_SIZE - cls.bitmap_bytes(num_blocks)) // block_size
-        return cls(size_bytes, block_size, num_blocks, min(max_entries, num_blocks))
+        policy = EvictionPolicy(config.eviction_policy)
+        return cls(size_bytes, block_size, num_blocks, min(max_entries, num_blocks), policy)
 
     @staticmethod
     def bitmap_bytes(num_blocks: int) -> int:
@@ -508,7 +513,7 @@ class Geometry(NamedTuple):
 
     @property
     def records_offset(self) -> int:
-        return self.order_offset + EvictionManager.buffer_bytes(self.num_slots)
+        return self.order_offset + EvictionManager.buffer_bytes(self.num_slots, self.policy)
 
     @property
     def total_bytes(self) -> int:
@@ -746,16 +751,19 @@ class BitmapAllocator:
 # Eviction
 # ======================================================================================================================
 
-# The order buffer, in 32-bit halves: 0 clock (64 bits), 2 free bucket, 4 top bucket, 8 the ring of buckets; then
-# buckets of 6 halves (last node, first node, lower bucket, higher bucket, key: 64 bits), then nodes of 10 halves
-# (previous, next, bucket, unused, sequence, use count, priority: 64 bits each). Links are positions in halves.
+# The order buffer, in 32-bit halves: 0 clock (64 bits), 2 free bucket, 4 top bucket, 6 mean of the logarithms of reuse
+# gaps times 2**32 (64 bits, 0: nothing learnt yet), 8 the ring of buckets; then buckets of 6 halves (last node, first
+# node, lower bucket, higher bucket, key: 64 bits), then nodes of 10 halves (previous, next, bucket, whether it ends a
+# prompt, sequence, use count, priority: 64 bits each). Links are positions in halves. With ADAPTIVE, ghosts follow:
+# sets of 8 places of 3 words each (digest of the key, 0 = free; sequence; use count). A digest is written last: a crash
+# leaves no ghost that is half another, and as nothing links them, there is nothing to rebuild.
 _RING = 8
 _BUCKETS = 16
 _BUCKET_HALVES = 6
 _NODE_HALVES = 10
-_CLOCK, _FREE_BUCKET, _TOP_BUCKET = 0, 1, 2  # in words
+_CLOCK, _FREE_BUCKET, _TOP_BUCKET, _GAP = 0, 1, 2, 3  # in words
 _LAST, _FIRST, _LOWER, _HIGHER = 0, 1, 2, 3  # in a bucket
-_PREV, _NEXT, _BUCKET = 0, 1, 2  # in a node
+_PREV, _NEXT, _BUCKET, _TAIL = 0, 1, 2, 3  # in a node
 _KEY, _SEQUENCE, _COUNT, _PRIORITY = 2, 2, 3, 4  # in words: key of a bucket, numbers of a node
 
 # What a policy sorts by first. Inside one key the order is that of the sequence numbers, oldest first.
@@ -764,7 +772,17 @@ POLICY_KEY: dict[EvictionPolicy, Callable[[int, int], int]] = {
     EvictionPolicy.LFU: lambda count, priority: count,
     EvictionPolicy.FIFO: lambda count, priority: 0,
     EvictionPolicy.PRIORITY: lambda count, priority: priority,
+    EvictionPolicy.ADAPTIVE: lambda count, priority: min(count, 3) + 1,  # 0 for what ends a prompt
 }
+REUSE_BONUS = (-8.0, 0.0, 1.0, 1.5, 2.0)  # by the keys of ADAPTIVE: what a use more is worth, in typical reuse gaps
+GAP_MEMORY = 1600  # how many gaps the running mean of ADAPTIVE remembers, about
+GHOSTS_PER_SLOT = 16
+_GHOST_WAYS = 8
+
+
+def key_digest(key: bytes) -> int:
+    """A positive 63-bit number for a key; other keys have it with a chance of 1 in 10**18."""
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1 or 1
 
 
 class EvictionManager:
@@ -774,37 +792,61 @@ class EvictionManager:
     PRIORITY, and with LFU when an entry arrives with a use count of its own (a restore). The bucket lists for LFU
     follow "An O(1) algorithm for implementing the LFU cache eviction scheme" (Shah, Mitra, Matani, 2010).
 
+    ADAPTIVE has a bucket each for entries put but not used since, used once, twice, and more often, and one for those
+    that end a prompt. An entry is worth its last use plus a bonus for its bucket, `REUSE_BONUS` times G, the typical
+    gap between the first and the second use of an entry: the exponential of a running mean of the gaps' logarithms.
+    Time is counted in blocks touched. The victim is the cheapest of the bucket's heads, and of heads of several sizes
+    the one that frees most: the distance to the greatest possible worth counts once for every block. Ghosts remember
+    the uses of entries evicted lately, so that one that comes back is not taken for new, and G learns from its gap.
+
     The numbers of a node (sequence, count, priority) are the truth; links and buckets are derived and rebuilt from
     them. Inside a pool the buffer is a slice of the segment, entries are known by slot and the pool does the locking.
     Alone, over private memory, entries are known by key, and the methods without `_locked` are thread-safe.
     """
 
-    def __init__(self, policy: EvictionPolicy, buffer: memoryview | None = None, num_slots: int = 64) -> None:
+    def __init__(
+        self,
+        policy: EvictionPolicy,
+        buffer: memoryview | None = None,
+        num_slots: int = 64,
+        capacity: int = 0,
+        blocks_of: Callable[[int], int] | None = None,
+    ) -> None:
+        """`capacity` in blocks and `blocks_of(slot)` are for ADAPTIVE: what G is at first, and the size of an entry."""
         try:
             self.policy = EvictionPolicy(policy)
         except ValueError:
             raise InvalidArgumentError(f"policy {_show(policy)} must be an EvictionPolicy") from None
         self._key_of = POLICY_KEY[self.policy]
         self._is_fifo, self._is_lfu = self.policy is EvictionPolicy.FIFO, self.policy is EvictionPolicy.LFU
-        self._has_keys = self._is_lfu or self.policy is EvictionPolicy.PRIORITY  # else there is one bucket at most
+        self._is_adaptive = self.policy is EvictionPolicy.ADAPTIVE
+        self._has_keys = self.policy not in (EvictionPolicy.LRU, EvictionPolicy.FIFO)  # else one bucket at most
+        self._capacity = capacity or num_slots
+        self._blocks_of = blocks_of or (lambda slot: -(-self._entry_of[slot].size // BLOCK_SIZE) or 1)
         self._lock = threading.Lock()
         self._slot_of: dict[str, int] = {}
         self._entry_of: dict[int, CacheEntry] = {}
         self._free_slots: list[int] = []
-        self._use_buffer(memoryview(bytearray(self.buffer_bytes(num_slots))) if buffer is None else buffer, num_slots)
+        self._use_buffer(self._new_buffer(num_slots) if buffer is None else buffer, num_slots)
         if buffer is None:
             self.rebuild_locked(())
 
     @staticmethod
-    def buffer_bytes(num_slots: int) -> int:
+    def buffer_bytes(num_slots: int, policy: EvictionPolicy) -> int:
         """Size of the order buffer."""
-        return 4 * (_BUCKETS + _BUCKET_HALVES * num_slots + _NODE_HALVES * (num_slots + 1))
+        ghosts = 24 * GHOSTS_PER_SLOT * num_slots if policy is EvictionPolicy.ADAPTIVE else 0
+        return 4 * (_BUCKETS + _BUCKET_HALVES * num_slots + _NODE_HALVES * (num_slots + 1)) + ghosts
+
+    def _new_buffer(self, num_slots: int) -> memoryview:
+        return memoryview(bytearray(self.buffer_bytes(num_slots, self.policy)))
 
     def _use_buffer(self, buffer: memoryview, num_slots: int) -> None:
         self.num_slots = num_slots
         self._halves = buffer.cast("I")
         self._words = buffer.cast("q")
         self._nodes = _BUCKETS + _BUCKET_HALVES * num_slots
+        self._ghosts = (self._nodes + _NODE_HALVES * (num_slots + 1)) >> 1
+        self._ghost_sets = GHOSTS_PER_SLOT * num_slots // _GHOST_WAYS if self._is_adaptive else 0
 
     # --- by key, alone -----------------------------------------------------------------------------------------------
 
@@ -821,7 +863,7 @@ class EvictionManager:
             slot = self._free_slots.pop() if self._free_slots else len(self._entry_of) + 1
             self._slot_of[entry.key] = slot
             self._entry_of[slot] = entry
-            self.stamp_locked(slot, count, priority)
+            self.stamp_locked(slot, count or self.recall_locked(entry.key.encode()), priority)
             self.link_locked(slot)
 
     def access(self, key: str) -> None:
@@ -859,14 +901,14 @@ class EvictionManager:
     def _grow(self) -> None:
         """Double the private buffer."""
         numbers = {slot: self.numbers_locked(slot) for slot in self._entry_of}
-        clock = self._words[_CLOCK]
-        self._use_buffer(memoryview(bytearray(self.buffer_bytes(2 * self.num_slots))), 2 * self.num_slots)
+        clock, gap = self._words[_CLOCK], self._words[_GAP]
+        self._use_buffer(self._new_buffer(2 * self.num_slots), 2 * self.num_slots)  # its ghosts are forgotten
         for slot, (sequence, count, priority) in numbers.items():
             word = self._node(slot) >> 1
             self._words[word + _SEQUENCE] = sequence
             self._words[word + _COUNT] = count
             self._words[word + _PRIORITY] = priority
-        self._words[_CLOCK] = clock
+        self._words[_CLOCK], self._words[_GAP] = clock, gap
         self.rebuild_locked(numbers)
 
     # --- by slot, in a pool ------------------------------------------------------------------------------------------
@@ -878,7 +920,11 @@ class EvictionManager:
         """Give a slot its numbers: the next sequence number, a use count, a priority."""
         words = self._words
         word = (self._nodes + slot * _NODE_HALVES) >> 1
-        words[_CLOCK] = sequence = words[_CLOCK] + 1
+        step = 1
+        if self._is_adaptive:
+            step = self._blocks_of(slot)
+            self._halves[2 * word + _TAIL] = 0
+        words[_CLOCK] = sequence = words[_CLOCK] + step
         words[word + _SEQUENCE] = sequence
         words[word + _COUNT] = count
         words[word + _PRIORITY] = priority
@@ -895,7 +941,7 @@ class EvictionManager:
         node = self._nodes + slot * _NODE_HALVES
         bucket = halves[_RING + _LOWER]  # the highest one; restored entries come in ascending order
         if self._has_keys or bucket == _RING:
-            key = self._key_of(words[(node >> 1) + _COUNT], words[(node >> 1) + _PRIORITY])
+            key = self._key_locked(node)
             if bucket != _RING and words[(bucket >> 1) + _KEY] > key:
                 bucket = halves[_RING + _HIGHER]
                 while words[(bucket >> 1) + _KEY] < key:
@@ -922,11 +968,14 @@ class EvictionManager:
 
     def touch_locked(self, slot: int) -> None:
         """Count a use of a slot and move it where the policy wants it."""
+        if self._is_adaptive:
+            return self.touch_path_locked((slot,))
         words = self._words
         word = ((self._nodes + slot * _NODE_HALVES) >> 1) + _COUNT
         words[word] = count = words[word] + 1
         if not self._is_fifo:
             self.renew_locked(slot, count if self._is_lfu else None)
+        return None
 
     def renew_locked(self, slot: int, new_key: int | None = None) -> None:
         """Move a slot behind all others of its key, or of the new one, which is not lower."""
@@ -956,21 +1005,111 @@ class EvictionManager:
         if before == behind:
             self._drop_bucket(bucket)
 
-    def touch_path_locked(self, path: Sequence[int]) -> None:
+    def touch_path_locked(self, path: Sequence[int], unused: Container[int] = (), ends_prompt: bool = False) -> None:
         """Count a use of the slots of one path, root first, so that under every policy a child goes before its parent.
 
         The deepest is queued first, under FIFO too; and no parent keeps a lower use count or priority than its child.
+        Slots in `unused` were stored just now, which is no use. `ends_prompt`: the last one holds the end of a prompt.
         """
         least_count, least_priority = 0, I64_MIN
+        clock, gaps = self._words[_CLOCK], []
         for slot in reversed(path):
-            _, count, priority = self.numbers_locked(slot)
-            least_count, least_priority = max(count + 1, least_count), max(priority, least_priority)
+            sequence, count, priority = self.numbers_locked(slot)
+            if slot not in unused:
+                if not count:
+                    gaps.append(max(clock - sequence, 1))
+                count += 1
+            least_count, least_priority = max(count, least_count), max(priority, least_priority)
             self.unlink_locked(slot)
             self.stamp_locked(slot, least_count, least_priority)
+            if ends_prompt and self._is_adaptive:
+                self._halves[self._node(slot) + _TAIL] = 1
+                ends_prompt = False
             self.link_locked(slot)
+        if gaps and self._is_adaptive:
+            self._learn_locked(gaps)
+
+    # --- the policy ADAPTIVE -----------------------------------------------------------------------------------------
+
+    def _mean_locked(self) -> float:
+        """The running mean of the logarithms of gaps."""
+        learnt = self._words[_GAP]
+        return learnt / (1 << 32) if 0 < learnt < 64 << 32 else math.log(self._capacity)
+
+    def _learn_locked(self, gaps: Sequence[int]) -> None:
+        """Take in the gaps, in blocks, between the first and the second use of entries."""
+        mean, count = self._mean_locked(), len(gaps)
+        mean += (sum(map(math.log, gaps)) / count - mean) * count / (count + GAP_MEMORY)
+        self._words[_GAP] = max(1, int(mean * (1 << 32)))
+
+    def remember_locked(self, slot: int, key: bytes) -> None:
+        """Leave a ghost of an entry that is about to be evicted; the oldest of its set makes room."""
+        if not self._ghost_sets:
+            return
+        words, digest = self._words, key_digest(key)
+        sequence, count, _ = self.numbers_locked(slot)
+        at = self._ghosts + 3 * _GHOST_WAYS * (digest % self._ghost_sets)
+        digests, last = (words[at + i : at + 3 * _GHOST_WAYS : 3].tolist() for i in (0, 1))
+        at += 3 * (digests.index(0) if 0 in digests else last.index(min(last)))
+        words[at] = 0
+        words[at + 1] = sequence
+        words[at + 2] = count
+        words[at] = digest
+
+    def recall_locked(self, key: bytes) -> int:
+        """How often an entry that is stored now was used before, as far as its ghost tells, which goes."""
+        if not self._ghost_sets:
+            return 0
+        words, digest = self._words, key_digest(key)
+        at = self._ghosts + 3 * _GHOST_WAYS * (digest % self._ghost_sets)
+        digests = words[at : at + 3 * _GHOST_WAYS : 3].tolist()
+        if digest not in digests:
+            return 0
+        at += 3 * digests.index(digest)
+        sequence, count = words[at + 1], words[at + 2]
+        words[at] = 0
+        if not count:
+            self._learn_locked([max(words[_CLOCK] - sequence, 1)])
+        return count + 1
+
+    def _cheapest_locked(self) -> Iterator[int]:
+        """Slots by worth, of which only the heads of the buckets are compared."""
+        halves, words = self._halves, self._words
+        gap = math.exp(self._mean_locked())
+        greatest = words[_CLOCK] + REUSE_BONUS[-1] * gap
+
+        def waste(node: int, bucket: int) -> float:
+            worth = words[(node >> 1) + _SEQUENCE] + REUSE_BONUS[words[(bucket >> 1) + _KEY]] * gap
+            return (greatest - worth) * self._blocks_of((node - self._nodes) // _NODE_HALVES)
+
+        heads: list[tuple[float, int, int]] = []
+        bucket = halves[_RING + _HIGHER]
+        for _ in REUSE_BONUS:
+            if bucket != _RING:
+                node = halves[bucket + _FIRST]
+                heads.append((waste(node, bucket), node, bucket))
+                bucket = halves[bucket + _HIGHER]
+        for _ in range(self.num_slots):
+            if not heads:
+                return
+            head = max(heads)
+            _, node, bucket = head
+            yield (node - self._nodes) // _NODE_HALVES
+            heads.remove(head)
+            node = halves[node + _NEXT]
+            if node != bucket:
+                heads.append((waste(node, bucket), node, bucket))
+        if heads:
+            raise IndexError
+
+    # --- walking, rebuilding, checking -------------------------------------------------------------------------------
 
     def victims_locked(self) -> Iterator[int]:
         """Slots, next victim first. The order must not change meanwhile."""
+        return self._cheapest_locked() if self._is_adaptive else self._walk_locked()
+
+    def _walk_locked(self) -> Iterator[int]:
+        """Slots bucket by bucket."""
         halves = self._halves
         left = 2 * self.num_slots  # links that go in a circle must not hang anybody
         bucket = halves[_RING + _HIGHER]
@@ -988,9 +1127,14 @@ class EvictionManager:
                 raise IndexError
 
     def sort_key_locked(self, slot: int) -> tuple[int, int]:
-        """What the order sorts by: (policy key, sequence number)."""
-        sequence, count, priority = self.numbers_locked(slot)
-        return self._key_of(count, priority), sequence
+        """What the order is sorted by: (policy key, sequence number)."""
+        node = self._node(slot)
+        return self._key_locked(node), self._words[(node >> 1) + _SEQUENCE]
+
+    def _key_locked(self, node: int) -> int:
+        if self._is_adaptive and self._halves[node + _TAIL]:
+            return 0
+        return self._key_of(self._words[(node >> 1) + _COUNT], self._words[(node >> 1) + _PRIORITY])
 
     def rebuild_locked(self, slots: Iterable[int]) -> None:
         """Link just these slots, from their numbers."""
@@ -1014,7 +1158,7 @@ class EvictionManager:
         """Problems found when comparing the order with these slots, which are the ones that should be in it."""
         expected = sorted(slots, key=self.sort_key_locked)
         try:
-            found = list(itertools.islice(self.victims_locked(), len(expected) + 1))
+            found = list(itertools.islice(self._walk_locked(), len(expected) + 1))
         except IndexError:
             return ["the eviction order leads out of the index"]
         if found == expected:
@@ -1145,14 +1289,13 @@ class SegmentHeader(NamedTuple):
                 f"the header of {path} does not match its checksum: smashed; delete it and create it anew"
             )
         more = json.loads(text)
-        geometry = Geometry(size_bytes, block_size, num_blocks, max_entries)
+        config = CachePoolConfig.from_dict(more["config"])
+        geometry = Geometry(size_bytes, block_size, num_blocks, max_entries, EvictionPolicy(config.eviction_policy))
         if file_bytes != geometry.total_bytes:
             raise CorruptionError(
                 f"{path} has {file_bytes} bytes, its header says {geometry.total_bytes}: cut? delete it"
             )
-        return cls(
-            geometry, CachePoolConfig.from_dict(more["config"]), more["store"], more["transient"], more["identity"]
-        )
+        return cls(geometry, config, more["store"], more["transient"], more["identity"])
 
 
 def read_header(path: str) -> SegmentHeader | None:
@@ -1486,6 +1629,9 @@ class EntryTable:
         record = self.record(slot)
         return self.halves[record + R_START], self.halves[record + R_BLOCKS]
 
+    def blocks_of(self, slot: int) -> int:
+        return self.halves[self._records + slot * HALVES_PER_RECORD + R_BLOCKS]
+
     def place(self, slot: int) -> tuple[int, int]:
         """Where a value lies: (bytes from the start of the segment, size in bytes)."""
         record = self._records + slot * HALVES_PER_RECORD
@@ -1741,15 +1887,17 @@ class _Checksums(contextlib.ExitStack):
     """CRC-32 of large values in a second thread, beside their being written: a third less time for a snapshot."""
 
     def __enter__(self) -> _Checksums:
-        from concurrent.futures import ThreadPoolExecutor
+        self._thread = None
+        with contextlib.suppress(RuntimeError):  # at exit no more threads can be had
+            from concurrent.futures import ThreadPoolExecutor
 
-        self._thread = self.enter_context(ThreadPoolExecutor(1))
+            self._thread = self.enter_context(ThreadPoolExecutor(1))
         return super().__enter__()
 
     def start(self, data: memoryview) -> Callable[[], int]:
         """Begin; what is returned waits for the result. zlib lets other threads run meanwhile."""
-        if len(data) >= BESIDE:
-            with contextlib.suppress(RuntimeError):  # at exit no more threads can be had
+        if self._thread is not None and len(data) >= BESIDE:
+            with contextlib.suppress(RuntimeError):
                 return self._thread.submit(zlib.crc32, data).result
         return functools.partial(zlib.crc32, data)
 
@@ -2165,6 +2313,18 @@ class _ViewRef(weakref.ref):  # type: ignore[type-arg]
     pool: weakref.ref[KVCachePool] | None = None  # set once the pool is closed
 
 
+def _view_gone(pool_ref: weakref.ref[KVCachePool], ref: _ViewRef) -> None:
+    """Let others have what nobody shows any more, as far as that needs no lock; the next call does the rest.
+
+    In this order: as long as the token is not in `_gone_views`, nobody else changes the word that is its pin.
+    """
+    pool = pool_ref()
+    if pool is not None:
+        if pool._reader == ref.token and "_table" in pool.__dict__:
+            pool._table.read(0)
+        pool._gone_views.append(ref)
+
+
 def _view_gone_after_close(ref: _ViewRef) -> None:
     """Let go of a closed pool when its last view has gone; not a place to wait for locks, so the way of the dead."""
     pool = ref.pool() if ref.pool is not None else None
@@ -2189,6 +2349,8 @@ class _View(contextlib.AbstractContextManager["memoryview | None"]):
         self.token = token = next(pool._tokens)
         try:
             self._view = view = pool._open_view(self._key, token, self._counts)
+            if view is not None:
+                self._owner: Any = view.obj  # which `view`, released inside the block, would not tell any more
         except BaseException:
             pool._abandon(token)
             raise
@@ -2197,8 +2359,8 @@ class _View(contextlib.AbstractContextManager["memoryview | None"]):
     def __exit__(self, *_: object) -> None:
         view = self._view
         if view is not None:
-            self._view = None
-            self._pool._close_view(self.token, view)
+            owner, self._view, self._owner = self._owner, None, None
+            self._pool._close_view(self.token, view, owner)
 
 
 class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
@@ -2220,6 +2382,7 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
             if place is not None:
                 assert pool._segment is not None
                 self._view = pool._lend(pool._segment.buffer, *place, self._token)
+                self._owner: Any = self._view.obj
                 pool._map_pages(*place)
                 pool._zero(*place)
         except BaseException:
@@ -2232,6 +2395,7 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
         pool, token = self._pool, self._token
         if view is None:
             return
+        owner, self._owner = self._owner, None
         if token in pool._holds:  # else this is a forked child, the value is its parent's
             try:
                 if error_type is None:
@@ -2241,7 +2405,7 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
             except BaseException:
                 pool._abandon(token)
                 raise
-        pool._close_view(token, view)
+        pool._close_view(token, view, owner)
 
 
 class _Entries(Mapping[str, CacheEntry]):
@@ -2339,6 +2503,7 @@ class KVCachePool:
         self._pins_by_key: dict[bytes, list[int]] = {}
         self._tokens = itertools.count(1, 1 << 32)  # a path uses the numbers from its token on
         self._gone_views: deque[_ViewRef] = deque()
+        self._view_gone: Any = functools.partial(_view_gone, weakref.ref(self))
         self._untidy = True  # joins at the first lock
         self._memory, self._words = segment.memory, segment.words
         self._data_offset = geometry.data_offset
@@ -2352,6 +2517,8 @@ class KVCachePool:
             EvictionPolicy(self.config.eviction_policy),
             segment.buffer[geometry.order_offset : geometry.records_offset],
             geometry.num_slots,
+            geometry.num_blocks,
+            self._table.blocks_of,
         )
         _open_pools.add(self)
         try:
@@ -2573,6 +2740,7 @@ class KVCachePool:
         words = self._words
         words[DIRTY] = 1
         self._finish_move_locked()
+        self._free_all_unread_locked()
         problems, entries, others = self._sound_records_locked()
         kept = {*entries, *others}
         busy = set(others)
@@ -2607,7 +2775,7 @@ class KVCachePool:
                     newest[key] = newer
                     if table.is_pinned(older):
                         others.append(older)
-            elif state == WRITING or table.is_pinned(slot):
+            else:
                 others.append(slot)
         entries = sorted(newest.values())
         end, last = 0, 0
@@ -2654,6 +2822,12 @@ class KVCachePool:
         """Give back what a deleted value holds, once nobody reads it any more."""
         if self._table.halves[self._table.record(slot)] == CONDEMNED and not self._table.is_pinned(slot):
             self._free_locked([slot])
+
+    def _free_all_unread_locked(self) -> bool:
+        """The same for all, O(their number): readers that have let go, but not had the lock since. Whether any was."""
+        unread = [slot for slot in self._table.slots(CONDEMNED) if not self._table.is_pinned(slot)]
+        self._free_locked(unread)
+        return bool(unread)
 
     @_locked
     def _unpin(self, token: int) -> None:
@@ -2779,7 +2953,7 @@ class KVCachePool:
                 for slot, target in moves:
                     self._move_locked(slot, target)
                 return self._allocator.find_locked(num_blocks)
-            if attempt == 2 or not self._reap_locked():  # pins of the dead are not in the way
+            if attempt == 2 or not (self._reap_locked() | self._free_all_unread_locked()):  # those are not in the way
                 return None
         return None
 
@@ -2911,6 +3085,7 @@ class KVCachePool:
     def _evict_locked(self, slots: Iterable[int]) -> None:
         for slot in slots:
             self._words[DIRTY] = 1
+            self._order.remember_locked(slot, self._table.texts(slot)[0])
             self._drop_locked(slot)
             self._words[EVICTIONS] += 1
             self._words[DIRTY] = 0
@@ -3023,7 +3198,7 @@ class KVCachePool:
             words[PUTS] += 1
         else:
             slot = table.claim(key, size, start, num_blocks, table.session, meta)
-            self._enter_locked(slot, old, self._order.numbers_locked(old)[1] if old else 0, meta.priority)
+            self._enter_locked(slot, old, self._uses_locked(key, old), meta.priority)
         words[DIRTY] = 0
         return True
 
@@ -3061,7 +3236,7 @@ class KVCachePool:
             self._evict_locked([victim] if victim else [])
         count = access_count
         if count is None:
-            count = self._order.numbers_locked(old)[1] if old else 0
+            count = self._uses_locked(key, old)
         words[DIRTY] = 1
         if times is not None:
             table.floats[(record >> 1) + W_CREATED], table.floats[(record >> 1) + W_ACCESSED] = times
@@ -3071,6 +3246,10 @@ class KVCachePool:
         del self._holds[token]
         words[DIRTY] = 0
         return slot
+
+    def _uses_locked(self, key: bytes, old: int) -> int:
+        """The use count that a value begins with: that of the one it replaces, or of its ghost."""
+        return self._order.numbers_locked(old)[1] if old else self._order.recall_locked(key)
 
     def _enter_locked(self, slot: int, old: int, count: int, priority: int) -> None:
         """Make a record that has been filled in an entry, in place of `old`. DIRTY is set."""
@@ -3195,12 +3374,11 @@ class KVCachePool:
         can be released, or dies, when the view and all that was made from it have gone.
         """
         owner = memory[offset : offset + size]
-        self._view_refs[token] = ref = _ViewRef(owner, self._gone_views.append)
+        self._view_refs[token] = ref = _ViewRef(owner, self._view_gone)
         ref.token = token
         return memoryview(PickleBuffer(owner))
 
-    def _close_view(self, token: int, view: memoryview) -> None:
-        owner: Any = view.obj  # kept until its reference has been dropped
+    def _close_view(self, token: int, view: memoryview, owner: memoryview) -> None:
         try:
             view.release()
             owner.release()
@@ -3283,12 +3461,20 @@ class KVCachePool:
     # --- paths -------------------------------------------------------------------------------------------------------
 
     @_locked
-    def touch(self, keys: Sequence[str]) -> int:
+    def touch(self, keys: Sequence[str], ends_prompt: bool = False) -> int:
         """Count a use of the entries of one path, root first, up to the first that is missing; returns how many.
 
         Under every policy the deepest goes first when room is needed, and a parent never before its child.
+        `ends_prompt` tells ADAPTIVE that the last one holds the end of a prompt, which is seldom used again.
         """
-        return len(self._touch_path_locked(self._path_locked([encode_key(key) for key in keys])))
+        path = self._path_locked([encode_key(key) for key in keys])
+        return len(self._touch_path_locked(path, (), ends_prompt and len(path) == len(keys)))
+
+    @_locked
+    def _requeue(self, keys: Sequence[bytes]) -> None:
+        """Put the entries of a path in the order that `touch` gives them, without counting a use."""
+        path = self._path_locked(keys)
+        self._touch_path_locked(path, frozenset(path))
 
     @_locked
     def count_path(self, keys: Sequence[str]) -> int:
@@ -3298,9 +3484,9 @@ class KVCachePool:
     def _path_locked(self, keys: Iterable[bytes]) -> list[int]:
         return list(itertools.takewhile(bool, map(self._table.find, keys)))
 
-    def _touch_path_locked(self, path: list[int]) -> list[int]:
+    def _touch_path_locked(self, path: list[int], unused: Container[int] = (), ends_prompt: bool = False) -> list[int]:
         self._words[DIRTY] = 1
-        self._order.touch_path_locked(path)
+        self._order.touch_path_locked(path, unused, ends_prompt)
         self._words[DIRTY] = 0
         now = time.time()
         for slot in path:
@@ -3460,6 +3646,7 @@ class KVCachePool:
         """Whether `allocate` of so many bytes would succeed now, evicting others if need be."""
         num_blocks = self._geometry.blocks_for(check_int("size", size, 0))
         self._reap_locked()
+        self._free_all_unread_locked()
         if self._words[NUM_ENTRIES] >= self._geometry.max_entries and next(self._candidates_locked(), 0) == 0:
             return False
         return any(high - low >= num_blocks for low, high, _ in self._sections_locked())
@@ -3469,6 +3656,7 @@ class KVCachePool:
         """Size, use, hits and more; see the README for every key. Reclaims what dead processes left."""
         assert self._segment is not None
         self._reap_locked()
+        self._free_all_unread_locked()
         geometry, words = self._geometry, self._words
         allocated, total = self._allocator.get_usage()
         hits, misses = words[HITS], words[MISSES]
@@ -3508,6 +3696,7 @@ class KVCachePool:
         reclaimed first. Holds the lock throughout: about a second for 100,000 entries.
         """
         self._reap_locked()
+        self._free_all_unread_locked()
         table, order = self._table, self._order
         problems, entries, others = self._sound_records_locked()
         problems += table.check(entries, sorted(others))
@@ -3988,7 +4177,7 @@ class PrefixCache:
                     checksum = zlib.crc32(target) if self.verify else 0
                 pool._commit(token, keep_pinned=True, checksum=checksum)
                 stored += 1
-            pool.touch(hashes[: stored + shared])
+            pool._requeue([encode_key(key) for key in hashes[: stored + shared]])
         except BaseException:
             for token in tokens:
                 pool._abandon(token)
@@ -4310,6 +4499,117 @@ def _prune_segment(path: str) -> bool:
 
 
 # ======================================================================================================================
+# Replay
+# ======================================================================================================================
+
+OPTIMUM = "optimum"  # Belady's, which knows the future: a bound, not a policy
+
+
+def read_trace(path: str | os.PathLike[str]) -> list[list[int]]:
+    """The requests of a trace, each the blocks of a prompt, root first. JSON lines, gzipped if the name ends in .gz.
+
+    Either as Mooncake has them, objects with `hash_ids`; or lists [milliseconds, input tokens, output tokens, parent
+    block, number of new blocks], where blocks are numbered in order of first use and a request has the path to
+    the parent (-1: none), then the new ones. CorruptionError names the line that is neither.
+    """
+    import gzip
+
+    parents: list[int] = []
+    requests: list[list[int]] = []
+    name = check_path(path)
+    with _os_errors(f"read the trace {name}"), (gzip.open if name.endswith(".gz") else open)(name, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    blocks = [operator.index(block) for block in row["hash_ids"]]
+                else:
+                    _, _, _, parent, num_new = map(operator.index, row)
+                    if not -1 <= parent < len(parents) or num_new < 0:
+                        raise ValueError(f"parent {parent} of {num_new} new blocks, after {len(parents)} blocks")
+                    blocks, block = [], parent
+                    while block >= 0:
+                        blocks.append(block)
+                        block = parents[block]
+                    blocks.reverse()
+                    for _ in range(num_new):
+                        blocks.append(len(parents))
+                        parents.append(parent)
+                        parent = blocks[-1]
+            except (ValueError, TypeError, LookupError) as error:
+                raise CorruptionError(f"{name}, line {number} is no request: {error or type(error).__name__}") from None
+            requests.append(blocks)
+    return requests
+
+
+def replay(requests: Iterable[Sequence[int]], policy: str, capacity: int) -> tuple[int, int]:
+    """(hits, usable hits) in block accesses, of a cache for `capacity` blocks, empty at first, that serves requests.
+
+    A hit is usable when all blocks before it in its request are hits too. Every request is stored whole, its deepest
+    block queued first; then victims go until the rest fits. The order is that of an `EvictionManager`, as in a pool.
+    """
+    capacity = check_int("capacity", capacity, 1)
+    names = [each.value for each in EvictionPolicy]
+    if policy not in (*names, OPTIMUM):
+        raise InvalidArgumentError(f"policy {_show(policy)} must be one of {', '.join(names)} or {OPTIMUM}")
+    requests = list(requests)
+    if policy == OPTIMUM:
+        return _replay_optimum(requests, capacity)
+    num_slots = capacity + max(map(len, requests), default=0)
+    order = EvictionManager(EvictionPolicy(policy), None, num_slots, capacity, lambda slot: 1)
+    slot_of: dict[int, int] = {}
+    block_of = [0] * (num_slots + 1)
+    free = list(range(num_slots, 0, -1))
+    hits = usable = 0
+    for request in requests:
+        path, new = [], set()
+        for block in dict.fromkeys(request):
+            slot = slot_of.get(block, 0)
+            if not slot:
+                slot_of[block] = slot = free.pop()
+                block_of[slot] = block
+                order.stamp_locked(slot, order.recall_locked(b"%d" % block), 0)
+                order.link_locked(slot)
+                new.add(slot)
+            elif not new:
+                usable += 1
+            path.append(slot)
+        hits += len(path) - len(new)
+        order.touch_path_locked(path, new, ends_prompt=True)
+        for slot in list(itertools.islice(order.victims_locked(), max(len(slot_of) - capacity, 0))):
+            order.remember_locked(slot, b"%d" % block_of[slot])
+            order.unlink_locked(slot)
+            del slot_of[block_of[slot]]
+            free.append(slot)
+    return hits, usable
+
+
+def _replay_optimum(requests: Sequence[Sequence[int]], capacity: int) -> tuple[int, int]:
+    """The same with the blocks that are next used last as victims (Belady, 1966)."""
+    never = len(requests)
+    next_use: list[list[int]] = []
+    seen: dict[int, int] = {}
+    for number in range(never - 1, -1, -1):
+        next_use.append([seen.get(block, never) for block in requests[number]])
+        seen.update(dict.fromkeys(requests[number], number))
+    cached: dict[int, int] = {}
+    latest: list[tuple[int, int, int]] = []
+    hits = usable = 0
+    for request in requests:
+        run = [block in cached for block in request]
+        hits += sum(run)
+        usable += run.index(False) if False in run else len(run)
+        for depth, (block, use) in enumerate(zip(request, next_use.pop(), strict=True)):
+            cached[block] = use
+            heapq.heappush(latest, (-use, -depth, block))
+        while len(cached) > capacity:
+            use, _, block = heapq.heappop(latest)
+            if cached.get(block) == -use:
+                del cached[block]
+    return hits, usable
+
+
+# ======================================================================================================================
 # Command line
 # ======================================================================================================================
 
@@ -4593,6 +4893,33 @@ class KVCacheCLI:
         _say(f"removed {_plural(len(removed), 'segment')}")
         return EXIT_DONE
 
+    def replay(self, args: argparse.Namespace) -> int:
+        """hit ratios that policies and sizes would have on a trace of requests"""
+        requests = read_trace(args.trace)
+        accesses, unique = sum(map(len, requests)), len({block for request in requests for block in request})
+        if not accesses:
+            raise CorruptionError(f"{args.trace} holds no block accesses")
+        sizes = {text: _share_of(text, unique) for text in args.sizes.split(",")}
+        line = _ProgressLine("replaying")
+        rows: list[dict[str, Any]] = []
+        for policy in args.policies.split(","):
+            for text, capacity in sizes.items():
+                hits, usable = replay(requests, policy, capacity)
+                rows.append({"policy": policy, "size": text, "blocks": capacity})
+                rows[-1] |= {"hit_rate": hits / accesses, "usable_hit_rate": usable / accesses}
+                line(len(rows), len(sizes) * len(args.policies.split(",")))
+        if args.json:
+            totals = {"requests": len(requests), "accesses": accesses, "unique_blocks": unique}
+            _out(json.dumps({**totals, "results": rows}, indent=2))
+            return EXIT_DONE
+        _out(f"{len(requests)} requests, {accesses} block accesses, {unique} blocks; usable hit ratio (hit ratio)")
+        table = [["policy", *(f"{text} = {capacity}" for text, capacity in sizes.items())]]
+        for policy in args.policies.split(","):
+            found = [row for row in rows if row["policy"] == policy]
+            table.append([policy, *(f"{row['usable_hit_rate']:.4f} ({row['hit_rate']:.4f})" for row in found)])
+        _print_table(table)
+        return EXIT_DONE
+
     def policies(self, args: argparse.Namespace) -> int:
         """list the eviction policies"""
         if vars(args).get("json"):
@@ -4611,6 +4938,18 @@ class KVCacheCLI:
         if pool is None:
             raise PoolNotFoundError(f"there is no pool {name!r} in {self.store.store_path}: see `cortex cache status`")
         return pool
+
+
+def _share_of(text: str, unique: int) -> int:
+    """A number of blocks: "5000", or "5%" of the unique ones."""
+    try:
+        number = float(text.removesuffix("%"))
+        blocks = max(1, int(unique * number / 100)) if text.endswith("%") else int(text)
+        if number > 0 and math.isfinite(number):
+            return blocks
+    except (ValueError, OverflowError):
+        pass
+    raise InvalidArgumentError(f"size {text!r} must be a number of blocks, or a share of the trace's such as 5%")
 
 
 def _printable(text: str) -> str:
@@ -4806,6 +5145,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("delete")
     sub.add_argument("name", metavar="NAME")
     command("prune", json_too=True)
+    sub = command("replay", json_too=True)
+    sub.add_argument("trace", metavar="TRACE", help="JSON lines with hash_ids, or of parent blocks; .gz if gzipped")
+    every = ",".join([policy.value for policy in EvictionPolicy] + [OPTIMUM])
+    sub.add_argument("--policies", default=every, metavar="P,...", help=f"default: {every}")
+    sub.add_argument("--sizes", default="1%,5%,10%,20%,40%", metavar="S,...", help="blocks, or %% of the unique ones")
     command("policies", json_too=True)
     command("demo")
     return parser

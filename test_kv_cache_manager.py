@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -583,6 +585,7 @@ class EvictionModel:
         self.policy = policy
         self.clock = 0
         self.numbers: dict[str, tuple[int, int, int]] = {}  # key -> sequence, count, priority
+        self.mean_gap = math.log(64)
 
     def add(self, key: str, count: int, priority: int) -> None:
         self.clock += 1
@@ -593,14 +596,32 @@ class EvictionModel:
         if key in self.numbers:
             self.clock += 1
             sequence, count, priority = self.numbers[key]
+            if not count:
+                self.mean_gap += (math.log(max(self.clock - 1 - sequence, 1)) - self.mean_gap) / (1 + kv.GAP_MEMORY)
             self.numbers[key] = sequence if self.policy is EvictionPolicy.FIFO else self.clock, count + 1, priority
 
     def remove(self, key: str) -> None:
         self.numbers.pop(key, None)
 
     def order(self) -> list[str]:
+        if self.policy is EvictionPolicy.ADAPTIVE:
+            return self.adaptive_order()
         column = {EvictionPolicy.LFU: 1, EvictionPolicy.PRIORITY: 2}.get(self.policy, 0)
         return sorted(self.numbers, key=lambda key: (self.numbers[key][column], self.numbers[key][0]))
+
+    def adaptive_order(self) -> list[str]:
+        """Again and again the queue head that was used longest ago, a use more counting as so many typical gaps."""
+        queues: dict[int, list[str]] = {}
+        for key in sorted(self.numbers, key=lambda key: self.numbers[key][0]):
+            queues.setdefault(min(self.numbers[key][1], 3), []).append(key)
+        bonus = {queue: value * math.exp(self.mean_gap) for queue, value in enumerate([0, 1, 1.5, 2])}
+        found = []
+        while any(queues.values()):
+            head = min(
+                (queue for queue in queues if queues[queue]), key=lambda q: self.numbers[queues[q][0]][0] + bonus[q]
+            )
+            found.append(queues[head].pop(0))
+        return found
 
 
 @pytest.mark.parametrize("policy", ALL_POLICIES)
@@ -642,6 +663,7 @@ class TestEvictionManager:
             EvictionPolicy.LFU: ["b", "c", "a"],
             EvictionPolicy.FIFO: ["a", "b", "c"],
             EvictionPolicy.PRIORITY: ["b", "c", "a"],
+            EvictionPolicy.ADAPTIVE: ["b", "c", "a"],
         }
         assert manager.get_eviction_candidates(3) == expected[policy]
 
@@ -1657,6 +1679,7 @@ OPERATIONS: dict[str, tuple[Callable[[KVCachePool], None], Callable[[KVCachePool
     "delete": (fill_roomy, lambda pool: pool.delete("a"), {"a"}),
     "delete while pinned": (fill_roomy, delete_while_pinned, {"old"}),
     "evict": (fill_fragmented, lambda pool: pool.evict(25), {"k01", "k03", "k05", "k07", "k09", "k11", "k13", "k15"}),
+    "touch": (fill_roomy, lambda pool: pool.touch(["old", "a", "b", "c"], ends_prompt=True), set()),
     "clear": (fill_roomy, lambda pool: pool.clear(), {"old", "a", "b", "c"}),
     "defragment": (fill_fragmented, lambda pool: pool.defragment(), set()),
     "put that moves": (fill_fragmented, lambda pool: pool.put("new", payload("new", LARGE)), {"new"}),
@@ -1698,8 +1721,14 @@ def count_writes(name: str, policy: EvictionPolicy) -> int:
 class TestCrashes:
     """SIGKILL and Ctrl-C at every single write to shared memory."""
 
-    @pytest.mark.parametrize("policy", [EvictionPolicy.LRU, EvictionPolicy.LFU], ids=lambda policy: policy.value)
-    @pytest.mark.parametrize("name", OPERATIONS)
+    @pytest.mark.parametrize(
+        ("name", "policy"),
+        [
+            *((name, policy) for name in OPERATIONS for policy in (EvictionPolicy.LRU, EvictionPolicy.LFU)),
+            *((name, EvictionPolicy.ADAPTIVE) for name in ("put", "get", "overwrite in place", "evict", "touch")),
+            ("put that evicts and moves", EvictionPolicy.ADAPTIVE),
+        ],
+    )
     def test_killed_at_every_write(self, name: str, policy: EvictionPolicy) -> None:
         fill, operation, may_change = OPERATIONS[name]
         for n in range(1, count_writes(name, policy) + 1):
@@ -2006,6 +2035,66 @@ class TestPool:
             assert other.get_stats()["allocated_blocks"] == 0
             assert_sound(other)
 
+    def test_a_check_between_a_view_that_ends_and_its_next_lock(self) -> None:
+        """The reader has let go of a deleted value, and has not had the lock yet to give its blocks back."""
+        with make_pool(8) as pool, KVCachePool.attach("pool") as other:
+            pool.put("k", payload("k", 6 * BLOCK_SIZE))
+            with pool.view("k"):
+                other.delete("k")
+                pool._table.read(0)  # half of what the end of the view does
+                assert other.check() == []
+                assert other.get_stats()["allocated_blocks"] == 0
+                pool._table.read(pool._holds[pool._reader])
+            assert_sound(other)
+            pool.put("k", payload("k", 6 * BLOCK_SIZE))
+            with pool.view("k"):
+                other.delete("k")
+                pool._table.read(0)
+                assert other.put("all", bytes(8 * BLOCK_SIZE))  # for want of room, not for a check
+            assert_sound(pool)
+
+    def test_an_array_that_goes_lets_others_at_once(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool(8) as pool, KVCachePool.attach("pool") as other:
+            pool.put("k", payload("k", 6 * BLOCK_SIZE))
+            with pool.view("k") as view:
+                array = numpy.frombuffer(view, numpy.uint8)
+            assert other.get_stats()["pinned_entries"] == 1
+            assert not other.put("all", bytes(8 * BLOCK_SIZE))
+            del array, view
+            assert_sound(other)
+            assert other.put("all", bytes(8 * BLOCK_SIZE))
+            assert_sound(other)
+            assert pool.get("all") == bytes(8 * BLOCK_SIZE)
+            assert_sound(pool)
+
+    def test_a_view_that_is_released_inside_its_block(self) -> None:
+        with make_pool(8) as pool:
+            pool.put("k", payload("k", 100))
+            with pool.view("k") as view:
+                view.release()
+            with pool.view("k") as view, view:
+                pass
+            with pool.reserve("new", 100) as view:
+                view[:] = payload("new", 100)
+                view.release()
+            assert pool.get("new") == payload("new", 100)
+            assert_sound(pool)
+
+    def test_persisting_while_the_interpreter_exits(self, tmp_path: Path) -> None:
+        path = tmp_path / "at_exit.safetensors"
+        lines = (
+            "import atexit",
+            f"pool = KVCachePool({open_config(blocks=600)})",
+            f"atexit.register(lambda: pool.persist({str(path)!r}))",
+            "pool.put('small', b'x')",
+            "pool.put('large', bytes(1 << 20))",
+        )
+        done = subprocess.run(script(*lines), cwd=Path(MODULE).parent, capture_output=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        with KVCachePool.restore(path, name="back") as back:
+            assert contents(back) == {"small": b"x", "large": bytes(1 << 20)}
+
     def test_only_the_last_of_several_views_gives_the_pin_back(self) -> None:
         with make_pool(8) as pool, KVCachePool.attach("pool") as other:
             for key in "ab":
@@ -2256,7 +2345,7 @@ class TestEvictionInAPool:
                 pool.put(f"n{i}", b"x", priority=9)
                 assert sorted(set(pool) & set("abcd")) == sorted(expected[i + 1 :]) or policy == "lfu"
 
-    @pytest.mark.parametrize("policy", ALL_POLICIES, ids=lambda policy: policy.value)
+    @pytest.mark.parametrize("policy", list(kv.POLICY_KEY)[:4], ids=lambda policy: policy.value)
     def test_mixed_sizes_evict_exactly_what_a_model_says(self, policy: EvictionPolicy) -> None:
         """Victims go in policy order until the blocks are enough in number, wherever they lie, and no further."""
         randomness = random.Random(3)
@@ -2366,6 +2455,58 @@ class TestEvictionInAPool:
                 assert list(pool) == before
                 assert pool.put("new", payload("new", 4 * BLOCK_SIZE))
             assert_sound(pool)
+
+
+class TestAdaptive:
+    def test_a_block_that_comes_back_is_not_taken_for_new(self) -> None:
+        with make_pool(2, eviction_policy="adaptive") as pool:
+            for key in "abab":
+                if not pool.get(key):
+                    pool.put(key, key.encode())
+            assert pool.evict(100) == 2
+            assert pool.put("a", b"a")
+            assert pool.entries["a"].access_count == 2  # once before it was evicted, and now
+            assert pool.delete("a")
+            assert pool.put("a", b"a")
+            assert pool.entries["a"].access_count == 0  # deleted is not evicted
+            assert_sound(pool)
+
+    def test_ghosts_are_kept_for_sixteen_times_the_entries(self) -> None:
+        order = EvictionManager(EvictionPolicy.ADAPTIVE, num_slots=64)
+        order.add(make_entry("k"))
+        slot = order._slot_of["k"]
+        order.access("k")
+        for number in range(16 * 64):
+            order.remember_locked(slot, b"%d" % number)
+        found = sum(order.recall_locked(b"%d" % number) == 2 for number in range(16 * 64))
+        assert found > 12 * 64  # sets fill unevenly
+        assert not any(order.recall_locked(b"%d" % number) for number in range(16 * 64)), "a ghost is used up"
+
+    def test_used_twice_stays_longer_and_the_end_of_a_prompt_goes_first(self) -> None:
+        with make_pool(8, eviction_policy="adaptive") as pool:
+            for key in ("root", "middle", "end", "other"):
+                pool.put(key, b"x")
+            assert pool.touch(["root", "middle", "end"], ends_prompt=True) == 3
+            assert list(pool) == ["end", "other", "middle", "root"]
+            pool.touch(["root", "middle", "end"])
+            assert next(iter(pool)) == "other"
+            assert_sound(pool)
+
+    def test_of_two_sizes_the_one_that_frees_more_goes_first(self) -> None:
+        with make_pool(64, eviction_policy="adaptive") as pool:
+            pool.put("small", b"x")
+            pool.get("small")
+            pool.put("large", bytes(30 * BLOCK_SIZE))
+            assert list(pool) == ["large", "small"]
+
+    def test_learns_the_gap_between_first_and_second_use(self) -> None:
+        order = EvictionManager(EvictionPolicy.ADAPTIVE, capacity=1000)
+        assert math.exp(order._mean_locked()) == pytest.approx(1000)
+        for number in range(5000):
+            order.add(make_entry(str(number)))
+            order.access(str(number - 9))
+            order.remove(str(number - 20))
+        assert math.exp(order._mean_locked()) == pytest.approx(17, rel=0.3)  # 9 puts and 9 uses, less the ends
 
 
 class TestTraps:
@@ -3681,25 +3822,129 @@ with kv.KVCachePool.attach(sys.argv[1]) as pool, pool.view("k") as view:
     print(bytes(view).decode(), flush=True)
 """
 
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Run `main` here: (exit code, stdout, stderr)."""
+
+    def run(*args: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            code = main(list(args))
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+TRACES = Path(MODULE).parent.parent / "shared" / "traces"
+
+
+def replay_naively(requests: list[list[int]], capacity: int) -> tuple[int, int]:
+    """LRU over a dict in order of use."""
+    cached: dict[int, None] = {}
+    hits = usable = 0
+    for request in requests:
+        there = [block in cached for block in request]
+        hits, usable = hits + sum(there), usable + len(list(itertools.takewhile(bool, there)))
+        for block in reversed(request):
+            cached.pop(block, None)
+            cached[block] = None
+        for block in list(cached)[: max(len(cached) - capacity, 0)]:
+            del cached[block]
+    return hits, usable
+
+
+class TestReplay:
+    def trace(self, seed: int = 0) -> list[list[int]]:
+        """Prompts that grow, branch and come back."""
+        chance = random.Random(seed)
+        prompts, fresh = [[0]], itertools.count(1)
+        for _ in range(400):
+            base = prompts[-min(len(prompts), int(chance.expovariate(0.1)) + 1)]
+            kept = base[: chance.randint(1, len(base))]
+            prompts.append(kept + [next(fresh) for _ in range(chance.randint(0, 6))])
+        return prompts
+
+    @pytest.mark.parametrize("capacity", [1, 5, 40, 300, 10_000])
+    def test_lru_as_a_dict_would_do_it_and_none_beats_the_optimum(self, capacity: int) -> None:
+        requests = self.trace()
+        assert kv.replay(requests, "lru", capacity) == replay_naively(requests, capacity)
+        best, _ = kv.replay(requests, kv.OPTIMUM, capacity)
+        for policy in EvictionPolicy:
+            hits, usable = kv.replay(requests, policy.value, capacity)
+            assert usable <= hits <= best
+        everything = sum(map(len, requests)) - len({block for request in requests for block in request})
+        assert capacity < 10_000 or hits == best == everything
+
+    def test_tails_leave_first_so_that_hits_are_usable(self) -> None:
+        for policy in EvictionPolicy:
+            hits, usable = kv.replay(self.trace(1), policy.value, 40)
+            assert usable >= 0.9 * hits > 0
+
+    def test_both_formats(self, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
+        mooncake, compact = tmp_path / "mooncake.jsonl", tmp_path / "compact.jsonl.gz"
+        mooncake.write_text('{"timestamp": 0, "hash_ids": [7, 8]}\n{"hash_ids": [7, 9, 10]}\n{"hash_ids": [7, 8]}\n')
+        compact.write_bytes(gzip.compress(b"[0, 9, 9, -1, 2]\n[1, 9, 9, 0, 2]\n[2, 9, 9, 1, 0]\n"))
+        assert kv.read_trace(mooncake) == [[7, 8], [7, 9, 10], [7, 8]]
+        assert kv.read_trace(compact) == [[0, 1], [0, 2, 3], [0, 1]]
+        code, out, err = cli("replay", str(compact), "--policies", "lru,optimum", "--sizes", "3,100%", "--json")
+        assert (code, err) == (0, "")
+        results = json.loads(out)
+        assert (results["requests"], results["accesses"], results["unique_blocks"]) == (3, 7, 4)
+        assert [(row["policy"], row["blocks"]) for row in results["results"]] == [
+            ("lru", 3), ("lru", 4), ("optimum", 3), ("optimum", 4)
+        ]  # fmt: skip
+        assert [round(7 * row["usable_hit_rate"]) for row in results["results"]] == [2, 3, 3, 3]
+        assert "0.4286 (0.4286)" in cli("replay", str(mooncake), "--sizes", "100%")[1]
+
+    @pytest.mark.parametrize(
+        "line",
+        ["", "x", "{}", '{"hash_ids": 3}', '{"hash_ids": ["a"]}', "[1, 2, 3]", "[0, 0, 0, 5, 1]", "[0, 0, 0, -1, -1]"],
+    )
+    def test_a_line_that_is_no_request_is_named(self, line: str, tmp_path: Path, cli: Any) -> None:
+        (tmp_path / "trace").write_text(f"[0, 1, 1, -1, 2]\n{line}\n")
+        code, out, err = cli("replay", str(tmp_path / "trace"))
+        assert (code, out) == (1, "")
+        assert "line 2 is no request" in err
+        assert err.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        "args",
+        [
+            ["--sizes", "0"],
+            ["--sizes", "x%"],
+            ["--sizes", "nan%"],
+            ["--sizes", ""],
+            ["--policies", "best"],
+            ["--sizes", "1e400%"],
+        ],
+    )
+    def test_bad_arguments(self, args: list[str], tmp_path: Path, cli: Any) -> None:
+        (tmp_path / "trace").write_text("[0, 1, 1, -1, 2]\n")
+        code, out, err = cli("replay", str(tmp_path / "trace"), *args)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert cli("replay", str(tmp_path / "none"))[0] == 1
+
+    @pytest.mark.skipif(not TRACES.exists(), reason="the request traces are not part of this project")
+    @pytest.mark.parametrize(
+        ("share", "lru", "adaptive", "optimum"),
+        [(0.01, 0.0434, 0.070, 0.1887), (0.1, 0.2086, 0.225, 0.3456), (0.4, 0.3395, 0.339, 0.3456)],
+    )
+    def test_a_real_trace(self, share: float, lru: float, adaptive: float, optimum: float) -> None:
+        requests = kv.read_trace(TRACES / "conversation_first_half.jsonl.gz")
+        accesses, capacity = sum(map(len, requests)), int(share * len({b for request in requests for b in request}))
+        assert round(kv.replay(requests, "lru", capacity)[1] / accesses, 4) == lru
+        assert round(kv.replay(requests, kv.OPTIMUM, capacity)[1] / accesses, 4) == optimum
+        assert kv.replay(requests, "adaptive", capacity)[1] / accesses >= adaptive
+
+
 COMMANDS = ["create", "status", "list", "put", "get", "evict", "persist", "restore", "check", "delete", "prune"]
-COMMANDS += ["policies", "demo"]
+COMMANDS += ["replay", "policies", "demo"]
 
 
 class TestCommandLine:
-    @pytest.fixture
-    def cli(self, capsys, monkeypatch):
-        """Run `main` here: (exit code, stdout, stderr)."""
-
-        def run(*args: str, stdin: bytes = b"") -> tuple[int, str, str]:
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-            try:
-                code = main(list(args))
-            except SystemExit as stop:  # argparse
-                code = int(stop.code or 0)
-            return code, *capsys.readouterr()
-
-        return run
-
     @pytest.fixture
     def pool(self, store_dir) -> Iterator[KVCachePool]:
         """A pool named p in the store, with "value" under k."""
