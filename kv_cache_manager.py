@@ -20,6 +20,8 @@ Byte offsets; every section starts where the one before ends, rounded up as note
     (rounded up to 8) 2 * num_slots * 4             heads of the key chains, heads of the prefix chains
                       64 * num_slots + 128          eviction order: a 40-byte node a slot, a 24-byte bucket a slot
                       440 * (num_slots + 1)         entry table: one record a slot; slot 0 is never used
+                      16 * config.record            the last accesses, a ring: digest of the key; size * 4, + 2 for
+                                                    the first one of a request, + 1 for a hit
 
 A record is 112 bytes of fields (`RECORD`) and 328 bytes of text: key, prefix hash, tensor description.
 
@@ -126,6 +128,7 @@ FREE_SLOT, TOP_SLOT = 75, 76  # head of the list of freed slots; slots above TOP
 MOVE_SLOT, MOVE_FROM, MOVE_TO, MOVE_DONE = 77, 78, 79, 80  # journal of the block move under way, in blocks
 BOOT_ID = 81  # which boot of the machine wrote last (nvme pools outlive boots)
 TOP_SESSION = 82  # sessions from this number on were never used
+RECORDED = 83  # accesses recorded so far
 
 MAX_SESSIONS = 128
 SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
@@ -309,6 +312,7 @@ class CachePoolConfig:
     persist_path: str | None = None  # where `persist` writes when it is given no path
     created_at: str = field(default_factory=_utc_now)
     block_size: int = BLOCK_SIZE  # bytes; the unit of allocation
+    record: int = 0  # how many of the last accesses to keep for `cortex cache replay NAME`, 16 bytes each
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -470,6 +474,7 @@ class Geometry(NamedTuple):
     num_blocks: int
     max_entries: int
     policy: EvictionPolicy  # ADAPTIVE needs room for ghosts
+    num_recorded: int = 0
 
     @classmethod
     def of(cls, config: CachePoolConfig) -> Geometry:
@@ -484,7 +489,8 @@ class Geometry(NamedTuple):
         while HEADER_SIZE + cls.bitmap_bytes(num_blocks) + num_blocks * block_size > size_bytes:
             num_blocks = (size_bytes - HEADER_SIZE - cls.bitmap_bytes(num_blocks)) // block_size
         policy = EvictionPolicy(config.eviction_policy)
-        return cls(size_bytes, block_size, num_blocks, min(max_entries, num_blocks), policy)
+        record = check_int("record", config.record, 0, 1 << 26)
+        return cls(size_bytes, block_size, num_blocks, min(max_entries, num_blocks), policy, record)
 
     @staticmethod
     def bitmap_bytes(num_blocks: int) -> int:
@@ -516,8 +522,12 @@ class Geometry(NamedTuple):
         return self.order_offset + EvictionManager.buffer_bytes(self.num_slots, self.policy)
 
     @property
-    def total_bytes(self) -> int:
+    def accesses_offset(self) -> int:
         return self.records_offset + RECORD_BYTES * (self.num_slots + 1)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.accesses_offset + 16 * self.num_recorded
 
     def blocks_for(self, size: int) -> int:
         """Blocks that a value of `size` bytes takes; an empty one takes a block too."""
@@ -1301,7 +1311,8 @@ class SegmentHeader(NamedTuple):
             )
         more = json.loads(text)
         config = CachePoolConfig.from_dict(more["config"])
-        geometry = Geometry(size_bytes, block_size, num_blocks, max_entries, EvictionPolicy(config.eviction_policy))
+        policy = EvictionPolicy(config.eviction_policy)
+        geometry = Geometry(size_bytes, block_size, num_blocks, max_entries, policy, config.record)
         if file_bytes != geometry.total_bytes:
             raise CorruptionError(
                 f"{path} has {file_bytes} bytes, its header says {geometry.total_bytes}: cut? delete it"
@@ -2523,6 +2534,7 @@ class KVCachePool:
         self._untidy = True  # joins at the first lock
         self._memory, self._words = segment.memory, segment.words
         self._data_offset = geometry.data_offset
+        self._recorded = geometry.num_recorded
         self._table = EntryTable(segment)
         self._allocator = BitmapAllocator(
             geometry.num_blocks,
@@ -3353,6 +3365,8 @@ class KVCachePool:
         """Find an entry and count a use of it, or a miss (0)."""
         table, words = self._table, self._words
         slot = table.find(key)
+        if self._recorded:
+            self._record_locked(key, slot, True)
         if not slot:
             words[MISSES] = words[MISSES] + 1  # += takes twice as long
             return 0
@@ -3362,6 +3376,39 @@ class KVCachePool:
         table.set_accessed(slot, time.time())
         words[HITS] = words[HITS] + 1
         return slot
+
+    def _record_locked(self, key: bytes, slot: int, is_first: bool) -> None:
+        """Note an access: a hit, or a miss (0), the first of its request or not. A crash leaves it out."""
+        words = self._words
+        number = words[RECORDED]
+        at = (self._geometry.accesses_offset >> 3) + 2 * (number % self._recorded)
+        size = self._table.place(slot)[1] if slot else 0
+        words[at] = key_digest(key)
+        words[at + 1] = size << 2 | is_first << 1 | bool(slot)
+        words[RECORDED] = number + 1
+
+    @_locked
+    def recorded_requests(self) -> tuple[list[list[int]], dict[int, int], float]:
+        """(requests, blocks of each key, hit rate) of the last accesses, oldest first; keys are digests.
+
+        A request is one `get` or `view`, or the path of one `PrefixCache.load`, root first. A key that was never there
+        counts one block. Empty for a pool that was not made to record.
+        """
+        first = self._geometry.accesses_offset >> 3
+        number, kept = self._words[RECORDED], self._recorded
+        ring = self._words[first : first + 2 * kept].tolist()
+        begin = 2 * (number % kept) if kept and number > kept else 0
+        ring = ring[begin : 2 * number] + ring[:begin]
+        requests: list[list[int]] = []
+        blocks: dict[int, int] = {}
+        hits = 0
+        for digest, about in zip(ring[::2], ring[1::2], strict=True):
+            if about & 2 or not requests:
+                requests.append([])
+            requests[-1].append(digest)
+            hits += about & 1
+            blocks[digest] = max(self._geometry.blocks_for(about >> 2), blocks.get(digest, 1))
+        return requests, blocks, hits / max(len(ring) // 2, 1)
 
     def view(self, key: str) -> contextlib.AbstractContextManager[memoryview | None]:
         """Context manager giving a read-only memoryview of the value in place, None on a miss.
@@ -3517,6 +3564,8 @@ class KVCachePool:
         path = self._touch_path_locked(self._path_locked(keys))
         self._words[HITS] += len(path)
         self._words[MISSES] += len(path) < len(keys)
+        for number, key in enumerate(keys if self._recorded else ()):
+            self._record_locked(key, path[number] if number < len(path) else 0, not number)
         opened = []
         for number, slot in enumerate(path):
             entry = self._entry_locked(slot)
@@ -4559,23 +4608,30 @@ def read_trace(path: str | os.PathLike[str]) -> list[list[int]]:
     return requests
 
 
-def replay(requests: Iterable[Sequence[int]], policy: str, capacity: int) -> tuple[int, int]:
+def replay(
+    requests: Iterable[Sequence[int]], policy: str, capacity: int, blocks: Mapping[int, int] | None = None
+) -> tuple[int, int]:
     """(hits, usable hits) in block accesses, of a cache for `capacity` blocks, empty at first, that serves requests.
 
     A hit is usable when all blocks before it in its request are hits too. Every request is stored whole, its deepest
     block queued first; then victims go until the rest fits. The order is that of an `EvictionManager`, as in a pool.
+    What a request names takes one block, or as many as `blocks` says; then the optimum is not one, only good.
     """
     capacity = check_int("capacity", capacity, 1)
     names = [each.value for each in EvictionPolicy]
     if policy not in (*names, OPTIMUM):
         raise InvalidArgumentError(f"policy {_show(policy)} must be one of {', '.join(names)} or {OPTIMUM}")
     requests = list(requests)
+    blocks = blocks or {}
     if policy == OPTIMUM:
-        return _replay_optimum(requests, capacity)
+        return _replay_optimum(requests, capacity, blocks)
     num_slots = capacity + max(map(len, requests), default=0)
-    order = EvictionManager(EvictionPolicy(policy), None, num_slots, capacity, lambda slot: 1)
     slot_of: dict[int, int] = {}
     block_of = [0] * (num_slots + 1)
+    order = EvictionManager(
+        EvictionPolicy(policy), None, num_slots, capacity, lambda slot: blocks.get(block_of[slot], 1)
+    )
+    used = 0
     free = list(range(num_slots, 0, -1))
     hits = usable = 0
     for request in requests:
@@ -4585,6 +4641,7 @@ def replay(requests: Iterable[Sequence[int]], policy: str, capacity: int) -> tup
             if not slot:
                 slot_of[block] = slot = free.pop()
                 block_of[slot] = block
+                used += blocks.get(block, 1)
                 order.stamp_locked(slot, order.recall_locked(b"%d" % block), 0)
                 order.link_locked(slot)
                 new.add(slot)
@@ -4593,7 +4650,13 @@ def replay(requests: Iterable[Sequence[int]], policy: str, capacity: int) -> tup
             path.append(slot)
         hits += len(path) - len(new)
         order.touch_path_locked(path, new, ends_prompt=True)
-        for slot in list(itertools.islice(order.victims_locked(), max(len(slot_of) - capacity, 0))):
+        victims: list[int] = []
+        for slot in order.victims_locked() if used > capacity else ():
+            victims.append(slot)
+            used -= blocks.get(block_of[slot], 1)
+            if used <= capacity:
+                break
+        for slot in victims:
             order.remember_locked(slot, b"%d" % block_of[slot])
             order.unlink_locked(slot)
             del slot_of[block_of[slot]]
@@ -4601,7 +4664,7 @@ def replay(requests: Iterable[Sequence[int]], policy: str, capacity: int) -> tup
     return hits, usable
 
 
-def _replay_optimum(requests: Sequence[Sequence[int]], capacity: int) -> tuple[int, int]:
+def _replay_optimum(requests: Sequence[Sequence[int]], capacity: int, blocks: Mapping[int, int]) -> tuple[int, int]:
     """The same with the blocks that are next used last as victims (Belady, 1966)."""
     never = len(requests)
     next_use: list[list[int]] = []
@@ -4611,18 +4674,20 @@ def _replay_optimum(requests: Sequence[Sequence[int]], capacity: int) -> tuple[i
         seen.update(dict.fromkeys(requests[number], number))
     cached: dict[int, int] = {}
     latest: list[tuple[int, int, int]] = []
-    hits = usable = 0
+    hits = usable = used = 0
     for request in requests:
         run = [block in cached for block in request]
         hits += sum(run)
         usable += run.index(False) if False in run else len(run)
         for depth, (block, use) in enumerate(zip(request, next_use.pop(), strict=True)):
+            used += 0 if block in cached else blocks.get(block, 1)
             cached[block] = use
             heapq.heappush(latest, (-use, -depth, block))
-        while len(cached) > capacity:
+        while used > capacity:
             use, _, block = heapq.heappop(latest)
             if cached.get(block) == -use:
                 del cached[block]
+                used -= blocks.get(block, 1)
     return hits, usable
 
 
@@ -4694,6 +4759,7 @@ class KVCacheCLI:
             max_entries=CachePoolConfig.max_entries if given.get("max_entries") is None else args.max_entries,
             persist_path=given.get("persist_path"),
             block_size=parse_size(given.get("block_size") or str(BLOCK_SIZE)),
+            record=given.get("record") or 0,
         )
         with self.store.create(config, _ProgressLine("reserving")) as pool:
             stats = pool.get_stats()
@@ -4911,17 +4977,30 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def replay(self, args: argparse.Namespace) -> int:
-        """hit ratios that policies and sizes would have on a trace of requests"""
-        requests = read_trace(args.trace)
-        accesses, unique = sum(map(len, requests)), len({block for request in requests for block in request})
+        """hit ratios that policies and sizes would have on a trace of requests, or on what a pool has recorded"""
+        blocks: dict[int, int] = {}
+        wanted = "1%,5%,10%,20%,40%" if args.sizes is None else args.sizes
+        if os.path.exists(args.trace) or not _NAME.fullmatch(args.trace):
+            requests = read_trace(args.trace)
+        else:
+            with self._open(args.trace) as pool:
+                requests, blocks, hit_rate = pool.recorded_requests()
+                config, num_blocks = pool.config, pool.get_stats()["total_blocks"]
+            if not config.record:
+                raise UnsupportedError(f"pool {args.trace!r} records no accesses: create it with --record N")
+            if args.sizes is None:
+                wanted = ",".join(str(max(1, num_blocks * times // 4)) for times in (1, 2, 4, 8))
+            _say(f"{args.trace}: {num_blocks} blocks, policy {config.eviction_policy}, hit ratio {hit_rate:.4f} so far")
+        accesses = sum(map(len, requests))
+        unique = sum(blocks.get(block, 1) for block in {block for request in requests for block in request})
         if not accesses:
             raise CorruptionError(f"{args.trace} holds no block accesses")
-        sizes = {text: _share_of(text, unique) for text in args.sizes.split(",")}
+        sizes = {text: _share_of(text, unique) for text in wanted.split(",")}
         line = _ProgressLine("replaying")
         rows: list[dict[str, Any]] = []
         for policy in args.policies.split(","):
             for text, capacity in sizes.items():
-                hits, usable = replay(requests, policy, capacity)
+                hits, usable = replay(requests, policy, capacity, blocks)
                 rows.append({"policy": policy, "size": text, "blocks": capacity})
                 rows[-1] |= {"hit_rate": hits / accesses, "usable_hit_rate": usable / accesses}
                 line(len(rows), len(sizes) * len(args.policies.split(",")))
@@ -5129,6 +5208,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("name", metavar="NAME")
     pool_options(sub, True)
     sub.add_argument("--persist-path", metavar="PATH", help="where `persist` writes by default")
+    sub.add_argument("--record", type=int, metavar="N", help="keep the last N accesses, for `replay NAME`")
     sub = command("status", json_too=True)
     sub.add_argument("name", metavar="NAME", nargs="?")
     sub = command("list", json_too=True)
@@ -5163,10 +5243,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("name", metavar="NAME")
     command("prune", json_too=True)
     sub = command("replay", json_too=True)
-    sub.add_argument("trace", metavar="TRACE", help="JSON lines with hash_ids, or of parent blocks; .gz if gzipped")
+    sub.add_argument(
+        "trace", metavar="TRACE|NAME", help="JSON lines with hash_ids, or of parent blocks; or a pool that records"
+    )
     every = ",".join([policy.value for policy in EvictionPolicy] + [OPTIMUM])
     sub.add_argument("--policies", default=every, metavar="P,...", help=f"default: {every}")
-    sub.add_argument("--sizes", default="1%,5%,10%,20%,40%", metavar="S,...", help="blocks, or %% of the unique ones")
+    sub.add_argument(
+        "--sizes",
+        metavar="S,...",
+        help="blocks, or %% of the unique ones; default 1%%,5%%,10%%,20%%,40%%; for a pool a quarter to twice its size",
+    )
     command("policies", json_too=True)
     command("demo")
     return parser

@@ -1708,9 +1708,9 @@ def assert_consistent(pool: KVCachePool, before: dict[str, bytes], may_change: s
     assert_sound(pool)
 
 
-def count_writes(name: str, policy: EvictionPolicy) -> int:
+def count_writes(name: str, policy: EvictionPolicy, record: int = 0) -> int:
     fill, operation, _ = OPERATIONS[name]
-    with make_pool(64, eviction_policy=policy.value) as pool:
+    with make_pool(64, eviction_policy=policy.value, record=record) as pool:
         fill(pool)
         fuse = Fuse()
         with fused(pool, fuse):
@@ -1731,8 +1731,9 @@ class TestCrashes:
     )
     def test_killed_at_every_write(self, name: str, policy: EvictionPolicy) -> None:
         fill, operation, may_change = OPERATIONS[name]
-        for n in range(1, count_writes(name, policy) + 1):
-            with make_pool(64, eviction_policy=policy.value) as pool:
+        record = 3 if policy is EvictionPolicy.ADAPTIVE else 0
+        for n in range(1, count_writes(name, policy, record) + 1):
+            with make_pool(64, eviction_policy=policy.value, record=record) as pool:
                 fill(pool)
                 before = contents(pool)
 
@@ -3926,6 +3927,62 @@ class TestReplay:
         code, out, err = cli("replay", str(tmp_path / "trace"), *args)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert cli("replay", str(tmp_path / "none"))[0] == 1
+
+    def test_a_pool_records_its_last_accesses(self, cli: Any, store_dir: str) -> None:
+        with CacheStore(store_dir).create(make_config("p", blocks=4, record=6)) as pool:
+            assert pool.recorded_requests() == ([], {}, 0.0)
+            digest = {key: kv.key_digest(key.encode()) for key in "abcde"}
+            for key, size in (("a", 1), ("b", 2 * BLOCK_SIZE)):
+                assert pool.get(key) is None
+                pool.put(key, bytes(size))
+            with pool.view("b"):
+                pass
+            requests, blocks, hit_rate = pool.recorded_requests()
+            assert requests == [[digest["a"]], [digest["b"]], [digest["b"]]]
+            assert (blocks, hit_rate) == ({digest["a"]: 1, digest["b"]: 2}, 1 / 3)
+            prefixes = kv.PrefixCache(pool, namespace="m", block_size=1)
+            prefixes.load([1, 2])
+            assert [len(request) for request in pool.recorded_requests()[0]] == [1, 1, 1, 2]
+            for key in "cde":
+                pool.get(key)
+            requests, blocks, hit_rate = pool.recorded_requests()
+            assert [len(request) for request in requests] == [1, 2, 1, 1, 1], "a ring of six"
+            assert [request[0] for request in requests[2:]] == [digest[key] for key in "cde"]
+            with KVCachePool.attach("p", store_dir) as other:
+                assert other.recorded_requests() == (requests, blocks, hit_rate)
+            assert_sound(pool)
+        code, out, err = cli("--store", store_dir, "replay", "p", "--policies", "lru,adaptive")
+        assert code == 0
+        assert "p: 4 blocks, policy lru, hit ratio 0.1667 so far" in err
+        assert out.startswith("5 requests, 6 block accesses, 7 blocks")
+        assert len(out.splitlines()) == 4
+
+    def test_replay_of_a_recording_agrees_with_the_pool(self, store_dir: str) -> None:
+        """LRU at the pool's own size gives the hits that the pool had."""
+        chance = random.Random(1)
+        with CacheStore(store_dir).create(make_config("p", blocks=20, record=3000)) as pool:
+            for _ in range(3000):
+                key = f"k{int(chance.expovariate(0.05))}"
+                if pool.get(key) is None:
+                    pool.put(key, b"x")
+            requests, blocks, hit_rate = pool.recorded_requests()
+            assert 0.1 < hit_rate < 0.9
+            assert kv.replay(requests, "lru", 20, blocks)[0] == round(3000 * hit_rate)
+            assert pool.evict(100) == 20
+            assert_sound(pool)
+
+    def test_blocks_of_several_sizes(self) -> None:
+        requests, blocks = [[1], [2], [3], [1], [2], [3]], {1: 3, 2: 1, 3: 1}
+        assert kv.replay(requests, "lru", 5, blocks) == (3, 3)
+        assert kv.replay(requests, "lru", 4, blocks) == (0, 0)  # 1 goes for 3, 2 for 1, 3 for 2
+        assert kv.replay(requests, kv.OPTIMUM, 4, blocks)[0] >= 1
+
+    def test_a_pool_that_records_nothing(self, cli: Any, store_dir: str) -> None:
+        CacheStore(store_dir).create(make_config("p")).close()
+        code, out, err = cli("--store", store_dir, "replay", "p")
+        assert (code, out) == (1, "")
+        assert "--record" in err
+        assert cli("--store", store_dir, "replay", "nobody")[0] == 1
 
     @pytest.mark.skipif(not TRACES.exists(), reason="the request traces are not part of this project")
     @pytest.mark.parametrize(
