@@ -19,6 +19,7 @@ Byte offsets; every section starts where the one before ends, rounded up as note
                                                     the slot that its view or copy under way reads, 0 = none
     (rounded up to 8) 2 * num_slots * 4             heads of the key chains, heads of the prefix chains
                       64 * num_slots + 128          eviction order: a 40-byte node a slot, a 24-byte bucket a slot
+                      384 * num_slots               with policy adaptive only: ghosts of what was evicted
                       440 * (num_slots + 1)         entry table: one record a slot; slot 0 is never used
                       16 * config.record            the last accesses, a ring: digest of the key; size * 4, + 2 for
                                                     the first one of a request, + 1 for a hit
@@ -542,6 +543,16 @@ class Geometry(NamedTuple):
 _IN_USE = b"\xff" * 8192
 
 
+def _run_starts(bits: int, length: int) -> int:
+    """Where runs of `length` 1 bits begin: what is left of the bits after ANDing shifted copies of them."""
+    known = 1
+    while known < length and bits:
+        step = min(known, length - known)
+        bits &= bits >> step
+        known += step
+    return bits
+
+
 class BitmapAllocator:
     """First-fit allocator of runs of blocks over a bitmap: bit 1 = in use, lowest bit of byte 0 = block 0.
 
@@ -600,12 +611,8 @@ class BitmapAllocator:
     def hints_are_true(self) -> bool:
         """Whether no free block lies, and no free run of the length begins, before what the counters say."""
         _, first, length, begin = self._counters
-        starts = free = self._free_bits(0, self.num_blocks)
-        known = 1
-        while known < length and starts:
-            step = min(known, length - known)
-            starts &= starts >> step
-            known += step
+        free = self._free_bits(0, self.num_blocks)
+        starts = _run_starts(free, length)
         low = (free & -free).bit_length() - 1 if free else self.num_blocks
         lowest = (starts & -starts).bit_length() - 1 if starts else self.num_blocks
         return 0 <= first <= low and 0 <= begin <= lowest
@@ -705,13 +712,9 @@ class BitmapAllocator:
                 full_so_far = not free
                 first = position + (window if full_so_far else (free & -free).bit_length() - 1)
                 counters[1] = min(first, self.num_blocks)
-            length = 1
-            while length < num_blocks and free:
-                step = min(length, num_blocks - length)
-                free &= free >> step
-                length += step
-            if free:
-                return position + (free & -free).bit_length() - 1
+            starts = _run_starts(free, num_blocks)
+            if starts:
+                return position + (starts & -starts).bit_length() - 1
             position += window
             window = min(4 * window, 4096)
             while window == 4096 and bytes(self._bits[position >> 3 : (position >> 3) + len(_IN_USE)]) == _IN_USE:
@@ -829,7 +832,7 @@ class EvictionManager:
             raise InvalidArgumentError(f"policy {_show(policy)} must be an EvictionPolicy") from None
         self._key_of = POLICY_KEY[self.policy]
         self._is_fifo, self._is_lfu = self.policy is EvictionPolicy.FIFO, self.policy is EvictionPolicy.LFU
-        self._is_adaptive = self.keeps_ghosts = self.policy is EvictionPolicy.ADAPTIVE
+        self.is_adaptive = self.policy is EvictionPolicy.ADAPTIVE
         self._has_keys = self.policy not in (EvictionPolicy.LRU, EvictionPolicy.FIFO)  # else one bucket at most
         self._capacity = capacity or num_slots
         self._blocks_of = blocks_of or (lambda slot: -(-self._entry_of[slot].size // BLOCK_SIZE) or 1)
@@ -931,7 +934,7 @@ class EvictionManager:
         words = self._words
         word = (self._nodes + slot * _NODE_HALVES) >> 1
         step = 1
-        if self._is_adaptive:
+        if self.is_adaptive:
             step = self._blocks_of(slot)
             self._halves[2 * word + _TAIL] = 0
         words[_CLOCK] = sequence = words[_CLOCK] + step
@@ -978,19 +981,14 @@ class EvictionManager:
 
     def touch_locked(self, slot: int) -> None:
         """Count a use of a slot and move it where the policy wants it."""
+        if self.is_adaptive:
+            self.touch_path_locked((slot,))
+            return
         words = self._words
-        if self._is_adaptive:
-            sequence, count, priority = self.numbers_locked(slot)
-            if not count:
-                self._learn_locked([max(words[_CLOCK] - sequence, 1)])
-            self.unlink_locked(slot)
-            self.stamp_locked(slot, count + 1, priority)
-            return self.link_locked(slot)
         word = ((self._nodes + slot * _NODE_HALVES) >> 1) + _COUNT
         words[word] = count = words[word] + 1
         if not self._is_fifo:
             self.renew_locked(slot, count if self._is_lfu else None)
-        return None
 
     def renew_locked(self, slot: int, new_key: int | None = None) -> None:
         """Move a slot behind all others of its key, or of the new one, which is not lower."""
@@ -1037,11 +1035,11 @@ class EvictionManager:
             least_count, least_priority = max(count, least_count), max(priority, least_priority)
             self.unlink_locked(slot)
             self.stamp_locked(slot, least_count, least_priority)
-            if ends_prompt and self._is_adaptive:
+            if ends_prompt and self.is_adaptive:
                 self._halves[self._node(slot) + _TAIL] = 1
                 ends_prompt = False
             self.link_locked(slot)
-        if gaps and self._is_adaptive:
+        if gaps and self.is_adaptive:
             self._learn_locked(gaps)
 
     # --- the policy ADAPTIVE -----------------------------------------------------------------------------------------
@@ -1059,7 +1057,7 @@ class EvictionManager:
 
     def remember_locked(self, slot: int, key: bytes) -> None:
         """Leave a ghost of an entry that is about to be evicted; the oldest of its set makes room."""
-        if not self.keeps_ghosts:
+        if not self.is_adaptive:
             return
         words, digest = self._words, key_digest(key)
         word = (self._nodes + slot * _NODE_HALVES) >> 1
@@ -1077,7 +1075,7 @@ class EvictionManager:
 
     def recall_locked(self, key: bytes) -> int:
         """How often an entry that is stored now was used before, as far as its ghost tells, which goes."""
-        if not self.keeps_ghosts:
+        if not self.is_adaptive:
             return 0
         words, digest = self._words, key_digest(key)
         at = self._ghosts + 3 * _GHOST_WAYS * (digest % self._ghost_sets)
@@ -1127,7 +1125,7 @@ class EvictionManager:
 
     def victims_locked(self) -> Iterator[int]:
         """Slots, next victim first. The order must not change meanwhile."""
-        return self._cheapest_locked() if self._is_adaptive else self._walk_locked()
+        return self._cheapest_locked() if self.is_adaptive else self._walk_locked()
 
     def _walk_locked(self) -> Iterator[int]:
         """Slots bucket by bucket."""
@@ -1153,7 +1151,7 @@ class EvictionManager:
         return self._key_locked(node), self._words[(node >> 1) + _SEQUENCE]
 
     def _key_locked(self, node: int) -> int:
-        if self._is_adaptive and self._halves[node + _TAIL]:
+        if self.is_adaptive and self._halves[node + _TAIL]:
             return 0
         return self._key_of(self._words[(node >> 1) + _COUNT], self._words[(node >> 1) + _PRIORITY])
 
@@ -1506,9 +1504,6 @@ def _in_store(store_path: str, work: Callable[[], _R], wait: bool = True) -> _R:
 # ======================================================================================================================
 # Entry table
 # ======================================================================================================================
-
-
-_NO_PINS = bytes(16)
 
 
 class EntryTable:
@@ -2410,7 +2405,6 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
                 assert pool._segment is not None
                 self._view = pool._lend(pool._segment.buffer, *place, self._token)
                 self._owner: Any = self._view.obj
-                pool._map_pages(*place)
                 pool._zero(*place)
         except BaseException:
             pool._abandon(self._token)
@@ -2534,7 +2528,7 @@ class KVCachePool:
         self._untidy = True  # joins at the first lock
         self._memory, self._words = segment.memory, segment.words
         self._data_offset = geometry.data_offset
-        self._recorded = geometry.num_recorded
+        self._recorded, self._accesses = geometry.num_recorded, geometry.accesses_offset >> 3
         self._table = EntryTable(segment)
         self._allocator = BitmapAllocator(
             geometry.num_blocks,
@@ -2739,6 +2733,10 @@ class KVCachePool:
             self._words[NUM_BUSY] -= 1
         self._words[DIRTY] = rebuild_follows
 
+    def _reclaim_locked(self) -> bool:
+        """All that is in nobody's way but has not been given back, O(number of entries). Whether there was any."""
+        return self._reap_locked() | self._free_all_unread_locked()
+
     def _reap_locked(self) -> bool:
         """Reclaim pins and WRITING records of sessions whose process has died. Whether there were such sessions."""
         segment, table = self._segment, self._table
@@ -2795,7 +2793,7 @@ class KVCachePool:
             if problem:
                 problems.append(problem)
             elif state == COMPLETE:
-                key = table.texts(slot)[0]
+                key = table.key(slot)
                 twin = newest.setdefault(key, slot)
                 if twin != slot:
                     older, newer = sorted((twin, slot), key=lambda s: self._order.numbers_locked(s)[0])
@@ -2981,7 +2979,7 @@ class KVCachePool:
                 for slot, target in moves:
                     self._move_locked(slot, target)
                 return self._allocator.find_locked(num_blocks)
-            if attempt == 2 or not (self._reap_locked() | self._free_all_unread_locked()):  # those are not in the way
+            if attempt == 2 or not self._reclaim_locked():
                 return None
         return None
 
@@ -3113,7 +3111,7 @@ class KVCachePool:
     def _evict_locked(self, slots: Iterable[int]) -> None:
         for slot in slots:
             self._words[DIRTY] = 1
-            if self._order.keeps_ghosts:
+            if self._order.is_adaptive:
                 self._order.remember_locked(slot, self._table.key(slot))
             self._drop_locked(slot)
             self._words[EVICTIONS] += 1
@@ -3178,8 +3176,11 @@ class KVCachePool:
         return result
 
     def _reserve(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
-        """(offset, size) of a place for a value, known by `token`; None if it can't be stored."""
-        return self._patiently(lambda: self._reserve_once(key, size, meta, token), size)
+        """(offset, size) of a place for a value, known by `token`, ready to be written; None if it can't be stored."""
+        place = self._patiently(lambda: self._reserve_once(key, size, meta, token), size)
+        if place is not None:
+            self._map_pages(*place)
+        return place
 
     def _store(self, key: bytes, data: Any, size: int, meta: EntryMeta) -> bool:
         token = 0
@@ -3191,7 +3192,6 @@ class KVCachePool:
             place = self._reserve(key, size, meta, token)
             if place is None:
                 return False
-            self._map_pages(*place)
             self._memory[place[0] : place[0] + size] = data
             self._commit(token)
         except BaseException:
@@ -3258,7 +3258,7 @@ class KVCachePool:
         table, words = self._table, self._words
         slot = self._holds[token]
         record = table.record(slot)
-        key, _, _ = table.texts(slot)
+        key = table.key(slot)
         old = table.find(key)
         if not old and words[NUM_ENTRIES] >= self._geometry.max_entries:  # others filled up while we were copying
             victim = next(self._candidates_locked(), 0)
@@ -3381,7 +3381,7 @@ class KVCachePool:
         """Note an access: a hit, or a miss (0), the first of its request or not. A crash leaves it out."""
         words = self._words
         number = words[RECORDED]
-        at = (self._geometry.accesses_offset >> 3) + 2 * (number % self._recorded)
+        at = self._accesses + 2 * (number % self._recorded)
         size = self._table.place(slot)[1] if slot else 0
         words[at] = key_digest(key)
         words[at + 1] = size << 2 | is_first << 1 | bool(slot)
@@ -3394,9 +3394,8 @@ class KVCachePool:
         A request is one `get` or `view`, or the path of one `PrefixCache.load`, root first. A key that was never there
         counts one block. Empty for a pool that was not made to record.
         """
-        first = self._geometry.accesses_offset >> 3
         number, kept = self._words[RECORDED], self._recorded
-        ring = self._words[first : first + 2 * kept].tolist()
+        ring = self._words[self._accesses : self._accesses + 2 * kept].tolist()
         begin = 2 * (number % kept) if kept and number > kept else 0
         ring = ring[begin : 2 * number] + ring[:begin]
         requests: list[list[int]] = []
@@ -3443,14 +3442,10 @@ class KVCachePool:
         return memoryview(PickleBuffer(owner))
 
     def _close_view(self, token: int, view: memoryview, owner: memoryview) -> None:
-        try:
-            view.release()
-            owner.release()
-        except BufferError:
-            return  # the pin stays until the arrays that were made from it go
-        if token in self._holds:
-            self._release_pin(token)
-        self._view_refs.pop(token, None)
+        if _take_back(view, owner):  # else the pin stays until the arrays that were made from it go
+            if token in self._holds:
+                self._release_pin(token)
+            self._view_refs.pop(token, None)
 
     def pin(self, key: str) -> bool:
         """Keep the value that is there now from being evicted or moved until `unpin` or `close`; False if none is.
@@ -3577,7 +3572,7 @@ class KVCachePool:
     @_locked
     def _close_path(self, views: Sequence[memoryview], token: int) -> None:
         for number, view in enumerate(views):
-            if _take_back(view) and token + number in self._holds:
+            if _take_back(view, cast(memoryview, view.obj)) and token + number in self._holds:
                 self._unpin_locked(token + number)
             self._view_refs.pop(token + number, None)
 
@@ -3711,8 +3706,7 @@ class KVCachePool:
     def can_allocate(self, size: int) -> bool:
         """Whether `allocate` of so many bytes would succeed now, evicting others if need be."""
         num_blocks = self._geometry.blocks_for(check_int("size", size, 0))
-        self._reap_locked()
-        self._free_all_unread_locked()
+        self._reclaim_locked()
         if self._words[NUM_ENTRIES] >= self._geometry.max_entries and next(self._candidates_locked(), 0) == 0:
             return False
         return any(high - low >= num_blocks for low, high, _ in self._sections_locked())
@@ -3721,8 +3715,7 @@ class KVCachePool:
     def get_stats(self) -> dict[str, Any]:
         """Size, use, hits and more; see the README for every key. Reclaims what dead processes left."""
         assert self._segment is not None
-        self._reap_locked()
-        self._free_all_unread_locked()
+        self._reclaim_locked()
         geometry, words = self._geometry, self._words
         allocated, total = self._allocator.get_usage()
         hits, misses = words[HITS], words[MISSES]
@@ -3761,8 +3754,7 @@ class KVCachePool:
         With `fix` all of it is rebuilt, and records that can't be right are dropped. What dead processes left is
         reclaimed first. Holds the lock throughout: about a second for 100,000 entries.
         """
-        self._reap_locked()
-        self._free_all_unread_locked()
+        self._reclaim_locked()
         table, order = self._table, self._order
         problems, entries, others = self._sound_records_locked()
         problems += table.check(entries, sorted(others))
@@ -3880,7 +3872,6 @@ class KVCachePool:
             if place is None:
                 return False
             assert self._segment is not None
-            self._map_pages(*place)
             with self._segment.buffer[place[0] : place[0] + place[1]] as target:
                 if not snapshot.read(item, target):
                     raise CorruptionError(f"{snapshot.path} changed while it was read, at entry {entry.key!r}")
@@ -3901,9 +3892,8 @@ def _slide(extents: list[tuple[int, int, int]], low: int) -> list[tuple[int, int
     return moves
 
 
-def _take_back(view: memoryview) -> bool:
-    """Release a view made by `_lend`; False if arrays made from it live on."""
-    owner = cast(memoryview, view.obj)
+def _take_back(view: memoryview, owner: memoryview) -> bool:
+    """Release a view made by `_lend` and what it shows; False if arrays made from it live on."""
     try:
         view.release()
         owner.release()
@@ -4046,7 +4036,7 @@ def restore_snapshot(
             if made:
                 pool.unlink()
             pool.close()
-            if isinstance(error, CorruptionError):
+            if made and not salvage and isinstance(error, CorruptionError):
                 snapshot.verify(progress=progress)  # names the first damaged entry in the order of the file
             raise
         return pool, sum(key in pool for key in stored), snapshot.num_described
@@ -4237,7 +4227,6 @@ class PrefixCache:
                 place = pool._reserve(encoded, size, meta, token)
                 if place is None:
                     break
-                pool._map_pages(*place)
                 with pool._buffer[place[0] : place[0] + size] as target:
                     write(number, target)
                     checksum = zlib.crc32(target) if self.verify else 0
@@ -4996,21 +4985,24 @@ class KVCacheCLI:
         if not accesses:
             raise CorruptionError(f"{args.trace} holds no block accesses")
         sizes = {text: _share_of(text, unique) for text in wanted.split(",")}
+        policies = args.policies.split(",")
+        for policy in policies:
+            replay((), policy, 1)  # a wrong name is an error now, not after all the others
         line = _ProgressLine("replaying")
         rows: list[dict[str, Any]] = []
-        for policy in args.policies.split(","):
+        for policy in policies:
             for text, capacity in sizes.items():
                 hits, usable = replay(requests, policy, capacity, blocks)
                 rows.append({"policy": policy, "size": text, "blocks": capacity})
                 rows[-1] |= {"hit_rate": hits / accesses, "usable_hit_rate": usable / accesses}
-                line(len(rows), len(sizes) * len(args.policies.split(",")))
+                line(len(rows), len(sizes) * len(policies))
         if args.json:
             totals = {"requests": len(requests), "accesses": accesses, "unique_blocks": unique}
             _out(json.dumps({**totals, "results": rows}, indent=2))
             return EXIT_DONE
         _out(f"{len(requests)} requests, {accesses} block accesses, {unique} blocks; usable hit ratio (hit ratio)")
         table = [["policy", *(f"{text} = {capacity}" for text, capacity in sizes.items())]]
-        for policy in args.policies.split(","):
+        for policy in policies:
             found = [row for row in rows if row["policy"] == policy]
             table.append([policy, *(f"{row['usable_hit_rate']:.4f} ({row['hit_rate']:.4f})" for row in found)])
         _print_table(table)
