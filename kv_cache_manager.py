@@ -2511,7 +2511,7 @@ class KVCachePool:
         self._path = segment.path
         self._identity = segment.header.identity
         self._mutex = threading.RLock()
-        self._barrier = threading.Lock()
+        self._barrier = threading.RLock()
         self._is_locked = False
         self._closing = False
         # What this handle holds: token -> slot that it pins or writes. It is the truth about our own pins and WRITING
@@ -2642,7 +2642,7 @@ class KVCachePool:
         """In a forked child: locks and session of our own, and none of the parent's views, pins and writes."""
         segment = self._segment
         self._mutex = threading.RLock()
-        self._barrier = threading.Lock()
+        self._barrier = threading.RLock()
         self._is_locked = False
         for mapping in (self._holds, self._pins, self._view_refs, self._pins_by_key):
             mapping.clear()
@@ -2867,16 +2867,17 @@ class KVCachePool:
     def _release_pin(self, token: int) -> None:
         """Unpin from outside the lock, and without it if it can be."""
         try:
-            slot = 0
-            with self._mutex:
+            with self._mutex:  # to the end: another thread that closes the pool must not come in between
                 if token == self._reader and not self._is_locked:
                     slot = self._holds.pop(token)
                     self._reader = 0
                     self._table.read(0)
-            if not slot:
-                self._unpin(token)
-            elif self._table.halves[self._table.record(slot)] == CONDEMNED:  # looked at last: it may just become so
-                self._free_unread(slot)
+                    with self._barrier:  # looked at last, for it may just become so: see `_drop_locked`
+                        is_condemned = self._table.halves[self._table.record(slot)] == CONDEMNED
+                    if is_condemned:
+                        self._free_unread(slot)
+                else:
+                    self._unpin(token)
         except BaseException:
             self._abandon(token)
             raise
@@ -3125,7 +3126,7 @@ class KVCachePool:
         pinned = table.is_pinned(slot)
         if pinned:
             # Its reader clears its word without the lock, and then looks for CONDEMNED; so look again, in the opposite
-            # order, or neither would free the blocks. The lock is for its memory barrier; that reader has one too.
+            # order, or neither would free the blocks. The lock is for its memory barrier.
             halves[record] = CONDEMNED
             with self._barrier:
                 pinned = table.is_pinned(slot)
@@ -4567,34 +4568,41 @@ def read_trace(path: str | os.PathLike[str]) -> list[list[int]]:
     block, number of new blocks], where blocks are numbered in order of first use and a request has the path to
     the parent (-1: none), then the new ones. CorruptionError names the line that is neither.
     """
-    import gzip
-
     parents: list[int] = []
     requests: list[list[int]] = []
     name = check_path(path)
-    with _os_errors(f"read the trace {name}"), (gzip.open if name.endswith(".gz") else open)(name, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    blocks = [operator.index(block) for block in row["hash_ids"]]
-                else:
-                    _, _, _, parent, num_new = map(operator.index, row)
-                    if not -1 <= parent < len(parents) or num_new < 0:
-                        raise ValueError(f"parent {parent} of {num_new} new blocks, after {len(parents)} blocks")
-                    blocks, block = [], parent
-                    while block >= 0:
-                        blocks.append(block)
-                        block = parents[block]
-                    blocks.reverse()
-                    for _ in range(num_new):
-                        blocks.append(len(parents))
-                        parents.append(parent)
-                        parent = blocks[-1]
-            except (ValueError, TypeError, LookupError) as error:
-                raise CorruptionError(f"{name}, line {number} is no request: {error or type(error).__name__}") from None
-            requests.append(blocks)
+    for number, line in _numbered_lines(name):
+        try:
+            row = json.loads(line)
+            if isinstance(row, dict):
+                blocks = [operator.index(block) for block in row["hash_ids"]]
+            else:
+                _, _, _, parent, num_new = map(operator.index, row)
+                if not -1 <= parent < len(parents) or num_new < 0:
+                    raise ValueError(f"parent {parent} of {num_new} new blocks, after {len(parents)} blocks")
+                blocks, block = [], parent
+                while block >= 0:
+                    blocks.append(block)
+                    block = parents[block]
+                blocks.reverse()
+                for _ in range(num_new):
+                    blocks.append(len(parents))
+                    parents.append(parent)
+                    parent = blocks[-1]
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise CorruptionError(f"{name}, line {number} is no request: {error or type(error).__name__}") from None
+        requests.append(blocks)
     return requests
+
+
+def _numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    import gzip
+
+    with _os_errors(f"read the trace {path}"), (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+        try:
+            yield from enumerate(file, 1)
+        except (EOFError, zlib.error) as error:
+            raise CorruptionError(f"{path} is cut or damaged: {error}") from None
 
 
 def replay(

@@ -2706,6 +2706,35 @@ class TestManyHandles:
                 thread.join()
             assert errors == []
 
+    def test_views_that_end_while_another_thread_closes(self) -> None:
+        """Again and again, for the moment is short: the reader has let go, and has yet to look whether it was the last."""
+        seen: list[BaseException] = []
+
+        def read(pool: KVCachePool) -> None:
+            try:
+                while True:
+                    with pool.view("k") as view:
+                        bytes(view)
+            except BaseException as error:
+                seen.append(error)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with make_pool() as keeper:
+                keeper.put("k", payload("k", BLOCK_SIZE))
+                for _ in range(200):
+                    pool = KVCachePool.attach("pool")
+                    reader = threading.Thread(target=read, args=(pool,))
+                    reader.start()
+                    time.sleep(0.0005)
+                    pool.close()
+                    reader.join()
+                assert_sound(keeper)
+        finally:
+            sys.setswitchinterval(interval)
+        assert {type(error) for error in seen} == {kv.PoolClosedError}
+
     def test_processes_see_each_others_changes_at_once(self) -> None:
         """Data, metadata, eviction order and statistics."""
         with make_pool() as pool:
@@ -3899,6 +3928,15 @@ class TestReplay:
         ]  # fmt: skip
         assert [round(7 * row["usable_hit_rate"]) for row in results["results"]] == [2, 3, 3, 3]
         assert "0.4286 (0.4286)" in cli("replay", str(mooncake), "--sizes", "100%")[1]
+
+    def test_a_trace_that_is_cut_or_nested_too_deep(self, tmp_path: Path, cli: Any) -> None:
+        whole = gzip.compress(b"[0, 9, 9, -1, 2]\n" * 100)
+        for number, data in enumerate((whole[:-20], whole[:20] + b"\0" * 20, b"x" * 20)):
+            (tmp_path / f"{number}.gz").write_bytes(data)
+        (tmp_path / "deep").write_bytes(b"[" * 200_000)
+        for name in ("0.gz", "1.gz", "2.gz", "deep"):
+            code, out, err = cli("replay", str(tmp_path / name))
+            assert (code, out, err.count("\n")) == (1, "", 1)
 
     @pytest.mark.parametrize(
         "line",
