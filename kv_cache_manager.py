@@ -19,10 +19,11 @@ Byte offsets; every section starts where the one before ends, rounded up as note
                                                     the slot that its view or copy under way reads, 0 = none
     (rounded up to 8) 2 * num_slots * 4             heads of the key chains, heads of the prefix chains
                       64 * num_slots + 128          eviction order: a 40-byte node a slot, a 24-byte bucket a slot
-                      384 * num_slots               with policy adaptive only: ghosts of what was evicted
                       440 * (num_slots + 1)         entry table: one record a slot; slot 0 is never used
                       16 * config.record            the last accesses, a ring: digest of the key; size * 4, + 2 for
                                                     the first one of a request, + 1 for a hit
+    (rounded up to a page)
+                      384 * num_slots               ghosts of what was evicted, once the policy is adaptive
 
 A record is 112 bytes of fields (`RECORD`) and 328 bytes of text: key, prefix hash, tensor description.
 
@@ -130,6 +131,7 @@ MOVE_SLOT, MOVE_FROM, MOVE_TO, MOVE_DONE = 77, 78, 79, 80  # journal of the bloc
 BOOT_ID = 81  # which boot of the machine wrote last (nvme pools outlive boots)
 TOP_SESSION = 82  # sessions from this number on were never used
 RECORDED = 83  # accesses recorded so far
+POLICY = 84  # 0: as in the config; else twice (1 + the place of the policy in EvictionPolicy), + 1 while being changed
 
 MAX_SESSIONS = 128
 SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
@@ -255,6 +257,15 @@ class EvictionPolicy(Enum):
     FIFO = "fifo"  # first stored
     PRIORITY = "priority"  # lowest priority
     ADAPTIVE = "adaptive"  # least likely to be used again, by how long entries usually wait for their second use
+
+
+def as_policy(policy: EvictionPolicy | str) -> EvictionPolicy:
+    """The policy of that name; InvalidArgumentError if there is none."""
+    try:
+        return EvictionPolicy(policy)
+    except ValueError:
+        names = ", ".join(each.value for each in EvictionPolicy)
+        raise InvalidArgumentError(f"policy {_show(policy)} must be one of {names}") from None
 
 
 POLICY_HELP = {
@@ -468,13 +479,12 @@ def _checked_meta(key: bytes, size: int, meta: Mapping[str, Any]) -> EntryMeta:
 
 
 class Geometry(NamedTuple):
-    """Where everything lies in a segment; all of it follows from four numbers and the policy."""
+    """Where everything lies in a segment; all of it follows from five numbers."""
 
     size_bytes: int
     block_size: int
     num_blocks: int
     max_entries: int
-    policy: EvictionPolicy  # ADAPTIVE needs room for ghosts
     num_recorded: int = 0
 
     @classmethod
@@ -489,9 +499,8 @@ class Geometry(NamedTuple):
         num_blocks = (size_bytes - HEADER_SIZE - BITMAP_SIZE) // block_size
         while HEADER_SIZE + cls.bitmap_bytes(num_blocks) + num_blocks * block_size > size_bytes:
             num_blocks = (size_bytes - HEADER_SIZE - cls.bitmap_bytes(num_blocks)) // block_size
-        policy = EvictionPolicy(config.eviction_policy)
         record = check_int("record", config.record, 0, 1 << 26)
-        return cls(size_bytes, block_size, num_blocks, min(max_entries, num_blocks), policy, record)
+        return cls(size_bytes, block_size, num_blocks, min(max_entries, num_blocks), record)
 
     @staticmethod
     def bitmap_bytes(num_blocks: int) -> int:
@@ -520,7 +529,7 @@ class Geometry(NamedTuple):
 
     @property
     def records_offset(self) -> int:
-        return self.order_offset + EvictionManager.buffer_bytes(self.num_slots, self.policy)
+        return self.order_offset + EvictionManager.buffer_bytes(self.num_slots)
 
     @property
     def accesses_offset(self) -> int:
@@ -528,7 +537,16 @@ class Geometry(NamedTuple):
 
     @property
     def total_bytes(self) -> int:
+        """All but the ghosts, which are a mapping of their own behind it."""
         return self.accesses_offset + 16 * self.num_recorded
+
+    @property
+    def ghosts_offset(self) -> int:
+        return -(-self.total_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+
+    @property
+    def bytes_with_ghosts(self) -> int:
+        return self.ghosts_offset + EvictionManager.ghost_bytes(self.num_slots)
 
     def blocks_for(self, size: int) -> int:
         """Blocks that a value of `size` bytes takes; an empty one takes a block too."""
@@ -765,16 +783,17 @@ class BitmapAllocator:
 # ======================================================================================================================
 
 # The order buffer, in 32-bit halves: 0 clock (64 bits), 2 free bucket, 4 top bucket, 6 mean of the logarithms of reuse
-# gaps times 2**32 (64 bits, 0: nothing learnt yet), 8 the ring of buckets; then buckets of 6 halves (last node, first
-# node, lower bucket, higher bucket, key: 64 bits), then nodes of 10 halves (previous, next, bucket, whether it ends a
-# prompt, sequence, use count, priority: 64 bits each). Links are positions in halves. With ADAPTIVE, ghosts follow:
-# sets of 8 places of 3 words each (digest of the key, 0 = free; sequence; use count). A digest is written last: a crash
-# leaves no ghost that is half another, and as nothing links them, there is nothing to rebuild.
+# gaps times 2**32 (64 bits, 0: nothing learnt yet), 8 the ring of buckets, 14 the weights of ADAPTIVE (three times 20
+# bits, 0: none); then buckets of 6 halves (last node, first node, lower bucket, higher bucket, key: 64 bits), then
+# nodes of 10 halves (previous, next, bucket, whether it ends a prompt, sequence, use count, priority: 64 bits each).
+# Links are positions in halves. ADAPTIVE has ghosts in a buffer of their own: sets of 8 places of 3 words each (digest
+# of the key, 0 = free; sequence; use count). A digest is written last: a crash leaves no ghost that is half another,
+# and as nothing links them, there is nothing to rebuild.
 _RING = 8
 _BUCKETS = 16
 _BUCKET_HALVES = 6
 _NODE_HALVES = 10
-_CLOCK, _FREE_BUCKET, _TOP_BUCKET, _GAP = 0, 1, 2, 3  # in words
+_CLOCK, _FREE_BUCKET, _TOP_BUCKET, _GAP, _WEIGHTS = 0, 1, 2, 3, 7  # in words
 _LAST, _FIRST, _LOWER, _HIGHER = 0, 1, 2, 3  # in a bucket
 _PREV, _NEXT, _BUCKET, _TAIL = 0, 1, 2, 3  # in a node
 _KEY, _SEQUENCE, _COUNT, _PRIORITY = 2, 2, 3, 4  # in words: key of a bucket, numbers of a node
@@ -791,6 +810,52 @@ REUSE_BONUS = (-8.0, 0.0, 1.0, 1.5, 2.0)  # by the keys of ADAPTIVE: what a use 
 GAP_MEMORY = 1600  # how many gaps the running mean of ADAPTIVE remembers, about
 GHOSTS_PER_SLOT = 16
 _GHOST_WAYS = 8
+WEIGHT_NAMES = ("recency_weight", "frequency_weight", "size_weight")
+_WEIGHT_BITS = 20
+
+
+def pack_weights(weights: Mapping[str, float] | None) -> int:
+    """The shares of three weights in their sum, in one word; 0 for None. InvalidArgumentError if they have none."""
+    if weights is None:
+        return 0
+    if not isinstance(weights, Mapping) or not set(weights) <= set(WEIGHT_NAMES):
+        raise InvalidArgumentError(f"weights {_show(weights)} must be None or a dict of {', '.join(WEIGHT_NAMES)}")
+    values = [weights.get(name, 0) for name in WEIGHT_NAMES]
+    for name, value in zip(WEIGHT_NAMES, values, strict=True):
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1e9:
+            raise InvalidArgumentError(f"{name} {_show(value)} must be a number from 0 to 1e9")
+    if not sum(values):
+        raise InvalidArgumentError("at least one weight must be more than 0; None for the order by reuse gaps")
+    most = (1 << _WEIGHT_BITS) - 1
+    shares = [round(value / sum(values) * most) for value in values]
+    return shares[0] | shares[1] << _WEIGHT_BITS | shares[2] << 2 * _WEIGHT_BITS
+
+
+def split_policy(text: str) -> tuple[EvictionPolicy, dict[str, float] | None]:
+    """A policy and its weights from "lru" or "adaptive:0.4/0.3/0.3" (recency, frequency, size)."""
+    name, colon, numbers = text.partition(":")
+    policy = as_policy(name)
+    if not colon:
+        return policy, None
+    try:
+        weights = dict(zip(WEIGHT_NAMES, map(float, numbers.split("/")), strict=True))
+    except ValueError:
+        weights = {}
+    if policy is not EvictionPolicy.ADAPTIVE or not weights:
+        raise InvalidArgumentError(
+            f"policy {_show(text)}: only adaptive has weights, and three of them, such as adaptive:0.4/0.3/0.3"
+        )
+    pack_weights(weights)
+    return policy, weights
+
+
+def unpack_weights(packed: int) -> dict[str, float] | None:
+    """What `pack_weights` packed, as shares that add up to 1."""
+    most = (1 << _WEIGHT_BITS) - 1
+    shares = [(packed >> shift) & most for shift in (0, _WEIGHT_BITS, 2 * _WEIGHT_BITS)]
+    if not sum(shares):
+        return None
+    return {name: round(share / sum(shares), 5) for name, share in zip(WEIGHT_NAMES, shares, strict=True)}
 
 
 def key_digest(key: bytes) -> int:
@@ -811,6 +876,8 @@ class EvictionManager:
     Time is counted in blocks touched. The victim is the cheapest of the bucket's heads, and of heads of several sizes
     the one that frees most: the distance to the greatest possible worth counts once for every block. Ghosts remember
     the uses of entries evicted lately, so that one that comes back is not taken for new, and G learns from its gap.
+    With weights, the same heads are compared by a weighted sum of three numbers from 0 to 1 instead: how long unused,
+    beside the longest; how seldom used, of three times; how large, beside the largest.
 
     The numbers of a node (sequence, count, priority) are the truth; links and buckets are derived and rebuilt from
     them. Inside a pool the buffer is a slice of the segment, entries are known by slot and the pool does the locking.
@@ -824,42 +891,52 @@ class EvictionManager:
         num_slots: int = 64,
         capacity: int = 0,
         blocks_of: Callable[[int], int] | None = None,
+        ghosts: memoryview | None = None,
     ) -> None:
         """`capacity` in blocks and `blocks_of(slot)` are for ADAPTIVE: what G is at first, and the size of an entry."""
-        try:
-            self.policy = EvictionPolicy(policy)
-        except ValueError:
-            raise InvalidArgumentError(f"policy {_show(policy)} must be an EvictionPolicy") from None
-        self._key_of = POLICY_KEY[self.policy]
-        self._is_fifo, self._is_lfu = self.policy is EvictionPolicy.FIFO, self.policy is EvictionPolicy.LFU
-        self.is_adaptive = self.policy is EvictionPolicy.ADAPTIVE
-        self._has_keys = self.policy not in (EvictionPolicy.LRU, EvictionPolicy.FIFO)  # else one bucket at most
+        self.use_policy_locked(as_policy(policy), ghosts)
         self._capacity = capacity or num_slots
         self._blocks_of = blocks_of or (lambda slot: -(-self._entry_of[slot].size // BLOCK_SIZE) or 1)
         self._lock = threading.Lock()
         self._slot_of: dict[str, int] = {}
         self._entry_of: dict[int, CacheEntry] = {}
         self._free_slots: list[int] = []
-        self._use_buffer(self._new_buffer(num_slots) if buffer is None else buffer, num_slots)
         if buffer is None:
+            self._use_memory_of_its_own(num_slots)
             self.rebuild_locked(())
+        else:
+            self._use_buffer(buffer, num_slots)
 
     @staticmethod
-    def buffer_bytes(num_slots: int, policy: EvictionPolicy) -> int:
+    def buffer_bytes(num_slots: int) -> int:
         """Size of the order buffer."""
-        ghosts = 24 * GHOSTS_PER_SLOT * num_slots if policy is EvictionPolicy.ADAPTIVE else 0
-        return 4 * (_BUCKETS + _BUCKET_HALVES * num_slots + _NODE_HALVES * (num_slots + 1)) + ghosts
+        return 4 * (_BUCKETS + _BUCKET_HALVES * num_slots + _NODE_HALVES * (num_slots + 1))
 
-    def _new_buffer(self, num_slots: int) -> memoryview:
-        return memoryview(bytearray(self.buffer_bytes(num_slots, self.policy)))
+    @staticmethod
+    def ghost_bytes(num_slots: int) -> int:
+        """Size of the buffer of ghosts."""
+        return 24 * GHOSTS_PER_SLOT * num_slots
+
+    def use_policy_locked(self, policy: EvictionPolicy, ghosts: memoryview | None) -> None:
+        """Go by this policy from now on; `rebuild_locked` must follow. ADAPTIVE needs a buffer of ghosts."""
+        self.policy = policy
+        self._key_of = POLICY_KEY[policy]
+        self._is_fifo, self._is_lfu = policy is EvictionPolicy.FIFO, policy is EvictionPolicy.LFU
+        self.is_adaptive = policy is EvictionPolicy.ADAPTIVE
+        self._has_keys = policy not in (EvictionPolicy.LRU, EvictionPolicy.FIFO)  # else one bucket at most
+        self._ghosts = memoryview(b"" if ghosts is None else ghosts).cast("q")
 
     def _use_buffer(self, buffer: memoryview, num_slots: int) -> None:
         self.num_slots = num_slots
         self._halves = buffer.cast("I")
         self._words = buffer.cast("q")
         self._nodes = _BUCKETS + _BUCKET_HALVES * num_slots
-        self._ghosts = (self._nodes + _NODE_HALVES * (num_slots + 1)) >> 1
         self._ghost_sets = GHOSTS_PER_SLOT * num_slots // _GHOST_WAYS
+
+    def _use_memory_of_its_own(self, num_slots: int) -> None:
+        self._use_buffer(memoryview(bytearray(self.buffer_bytes(num_slots))), num_slots)
+        ghosts = memoryview(bytearray(self.ghost_bytes(num_slots))) if self.is_adaptive else None
+        self.use_policy_locked(self.policy, ghosts)
 
     # --- by key, alone -----------------------------------------------------------------------------------------------
 
@@ -888,10 +965,27 @@ class EvictionManager:
                 self._entry_of[slot].access_count += 1
                 self._entry_of[slot].last_accessed = time.time()
 
-    def remove(self, key: str) -> None:
-        """Forget an entry; an unknown key is ignored."""
+    def touch(self, keys: Sequence[str], ends_prompt: bool = False) -> None:
+        """Count a use of each entry of a path, root first, as `KVCachePool.touch` does; unknown keys are ignored."""
         with self._lock:
+            path = [self._slot_of[key] for key in dict.fromkeys(keys) if key in self._slot_of]
+            self.touch_path_locked(path, ends_prompt=ends_prompt)
+            for slot in path:
+                self._entry_of[slot].access_count += 1
+                self._entry_of[slot].last_accessed = time.time()
+
+    def remove(self, key: str, evicted: bool = False) -> None:
+        """Forget an entry; an unknown key is ignored. One that was `evicted` leaves a ghost under ADAPTIVE."""
+        with self._lock:
+            if evicted and key in self._slot_of:
+                self.remember_locked(self._slot_of[key], key.encode())
             self._remove(key)
+
+    def configure_adaptive(self, weights: Mapping[str, float] | None) -> None:
+        """Let ADAPTIVE go by these weights, see `KVCachePool.configure_adaptive`; None: by reuse gaps again."""
+        packed = pack_weights(weights)
+        with self._lock:
+            self.configure_locked(packed)
 
     def get_eviction_candidates(self, count: int) -> list[str]:
         """Up to `count` keys, next victim first."""
@@ -914,14 +1008,14 @@ class EvictionManager:
     def _grow(self) -> None:
         """Double the private buffer."""
         numbers = {slot: self.numbers_locked(slot) for slot in self._entry_of}
-        clock, gap = self._words[_CLOCK], self._words[_GAP]
-        self._use_buffer(self._new_buffer(2 * self.num_slots), 2 * self.num_slots)  # its ghosts are forgotten
+        clock, gap, weights = self._words[_CLOCK], self._words[_GAP], self._words[_WEIGHTS]
+        self._use_memory_of_its_own(2 * self.num_slots)  # its ghosts are forgotten
         for slot, (sequence, count, priority) in numbers.items():
             word = self._node(slot) >> 1
             self._words[word + _SEQUENCE] = sequence
             self._words[word + _COUNT] = count
             self._words[word + _PRIORITY] = priority
-        self._words[_CLOCK], self._words[_GAP] = clock, gap
+        self._words[_CLOCK], self._words[_GAP], self._words[_WEIGHTS] = clock, gap, weights
         self.rebuild_locked(numbers)
 
     # --- by slot, in a pool ------------------------------------------------------------------------------------------
@@ -1059,55 +1153,70 @@ class EvictionManager:
         """Leave a ghost of an entry that is about to be evicted; the oldest of its set makes room."""
         if not self.is_adaptive:
             return
-        words, digest = self._words, key_digest(key)
+        words, ghosts, digest = self._words, self._ghosts, key_digest(key)
         word = (self._nodes + slot * _NODE_HALVES) >> 1
-        at = self._ghosts + 3 * _GHOST_WAYS * (digest % self._ghost_sets)
-        digests = words[at : at + 3 * _GHOST_WAYS : 3].tolist()
+        at = 3 * _GHOST_WAYS * (digest % self._ghost_sets)
+        digests = ghosts[at : at + 3 * _GHOST_WAYS : 3].tolist()
         if 0 in digests:
             at += 3 * digests.index(0)
         else:
-            last = words[at + 1 : at + 3 * _GHOST_WAYS : 3].tolist()
+            last = ghosts[at + 1 : at + 3 * _GHOST_WAYS : 3].tolist()
             at += 3 * last.index(min(last))
-        words[at] = 0
-        words[at + 1] = words[word + _SEQUENCE]
-        words[at + 2] = words[word + _COUNT]
-        words[at] = digest
+        ghosts[at] = 0
+        ghosts[at + 1] = words[word + _SEQUENCE]
+        ghosts[at + 2] = words[word + _COUNT]
+        ghosts[at] = digest
 
     def recall_locked(self, key: bytes) -> int:
         """How often an entry that is stored now was used before, as far as its ghost tells, which goes."""
         if not self.is_adaptive:
             return 0
-        words, digest = self._words, key_digest(key)
-        at = self._ghosts + 3 * _GHOST_WAYS * (digest % self._ghost_sets)
-        digests = words[at : at + 3 * _GHOST_WAYS : 3].tolist()
+        ghosts, digest = self._ghosts, key_digest(key)
+        at = 3 * _GHOST_WAYS * (digest % self._ghost_sets)
+        digests = ghosts[at : at + 3 * _GHOST_WAYS : 3].tolist()
         if digest not in digests:
             return 0
         at += 3 * digests.index(digest)
-        sequence, count = words[at + 1], words[at + 2]
-        words[at] = 0
+        sequence, count = ghosts[at + 1], ghosts[at + 2]
+        ghosts[at] = 0
         if not count:
-            self._learn_locked([max(words[_CLOCK] - sequence, 1)])
+            self._learn_locked([max(self._words[_CLOCK] - sequence, 1)])
         return count + 1
+
+    def configure_locked(self, packed_weights: int) -> None:
+        """Let ADAPTIVE go by these weights, 0: by reuse gaps."""
+        self._words[_WEIGHTS] = packed_weights
+
+    def forget_ends_locked(self, slots: Iterable[int]) -> None:
+        """Take no slot for the end of a prompt any more, as other policies than ADAPTIVE don't keep that up to date."""
+        for slot in slots:
+            self._halves[self._node(slot) + _TAIL] = 0
+
+    def weights_locked(self) -> dict[str, float] | None:
+        """The weights that ADAPTIVE goes by; None: by reuse gaps."""
+        return unpack_weights(self._words[_WEIGHTS])
 
     def _cheapest_locked(self) -> Iterator[int]:
         """Slots by worth, of which only the heads of the buckets are compared."""
-        halves, words = self._halves, self._words
-        gap = math.exp(self._mean_locked())
-        greatest = words[_CLOCK] + REUSE_BONUS[-1] * gap
-
-        blocks_of, nodes = self._blocks_of, self._nodes
-
-        def waste(node: int, bucket: int) -> float:
-            worth = words[(node >> 1) + _SEQUENCE] + REUSE_BONUS[words[(bucket >> 1) + _KEY]] * gap
-            return (greatest - worth) * blocks_of((node - nodes) // _NODE_HALVES)
-
-        heads: list[tuple[float, int, int]] = []
+        halves, words, blocks_of, nodes = self._halves, self._words, self._blocks_of, self._nodes
+        first: list[tuple[int, int]] = []  # (node, bucket)
         bucket = halves[_RING + _HIGHER]
         for _ in REUSE_BONUS:
             if bucket != _RING:
-                node = halves[bucket + _FIRST]
-                heads.append((waste(node, bucket), node, bucket))
+                first.append((halves[bucket + _FIRST], bucket))
                 bucket = halves[bucket + _HIGHER]
+        weights = words[_WEIGHTS] and self.weights_locked()
+        if weights:
+            waste = self._weigh_locked(first, **weights)
+        else:
+            gap = math.exp(self._mean_locked())
+            greatest = words[_CLOCK] + REUSE_BONUS[-1] * gap
+
+            def waste(node: int, bucket: int) -> float:
+                worth = words[(node >> 1) + _SEQUENCE] + REUSE_BONUS[words[(bucket >> 1) + _KEY]] * gap
+                return (greatest - worth) * blocks_of((node - nodes) // _NODE_HALVES)
+
+        heads = [(waste(node, bucket), node, bucket) for node, bucket in first]
         for _ in range(self.num_slots):
             if not heads:
                 return
@@ -1120,6 +1229,23 @@ class EvictionManager:
                 heads.append((waste(node, bucket), node, bucket))
         if heads:
             raise IndexError
+
+    def _weigh_locked(
+        self, heads: Sequence[tuple[int, int]], recency_weight: float, frequency_weight: float, size_weight: float
+    ) -> Callable[[int, int], float]:
+        """How much a (node, bucket) should go by the weights; scaled by these heads."""
+        words, blocks_of, nodes = self._words, self._blocks_of, self._nodes
+        clock = words[_CLOCK]
+        oldest = max((clock - words[(node >> 1) + _SEQUENCE] for node, _ in heads), default=0) or 1
+        largest = max((blocks_of((node - nodes) // _NODE_HALVES) for node, _ in heads), default=1)
+
+        def waste(node: int, bucket: int) -> float:
+            age = (clock - words[(node >> 1) + _SEQUENCE]) / oldest
+            seldom = 1 - min(words[(node >> 1) + _COUNT], 3) / 3
+            size = blocks_of((node - nodes) // _NODE_HALVES) / largest
+            return recency_weight * age + frequency_weight * seldom + size_weight * size
+
+        return waste
 
     # --- walking, rebuilding, checking -------------------------------------------------------------------------------
 
@@ -1271,6 +1397,7 @@ class SegmentHeader(NamedTuple):
     store_path: str
     transient: bool
     identity: str  # random; tells a pool from a later one of the same name
+    first_policy: str  # that the pool was made with; the config has the one of now
 
     def encode(self) -> tuple[bytes, bytes]:
         """(fixed words without the magic, JSON)."""
@@ -1309,13 +1436,21 @@ class SegmentHeader(NamedTuple):
             )
         more = json.loads(text)
         config = CachePoolConfig.from_dict(more["config"])
-        policy = EvictionPolicy(config.eviction_policy)
-        geometry = Geometry(size_bytes, block_size, num_blocks, max_entries, policy, config.record)
-        if file_bytes != geometry.total_bytes:
-            raise CorruptionError(
-                f"{path} has {file_bytes} bytes, its header says {geometry.total_bytes}: cut? delete it"
-            )
-        return cls(geometry, config, more["store"], more["transient"], more["identity"])
+        geometry = Geometry(size_bytes, block_size, num_blocks, max_entries, config.record)
+        (word,) = struct.unpack_from("q", fixed, 8 * POLICY)
+        now = replace(config, eviction_policy=_policy_now(config, word).value)
+        expected = [geometry.bytes_with_ghosts, geometry.total_bytes]  # ghosts stay when the policy changes again
+        if file_bytes not in expected[: 1 if now.eviction_policy == EvictionPolicy.ADAPTIVE.value else 2]:
+            raise CorruptionError(f"{path} has {file_bytes} bytes, its header says {expected[-1]}: cut? delete it")
+        return cls(geometry, now, more["store"], more["transient"], more["identity"], config.eviction_policy)
+
+
+def _policy_now(config: CachePoolConfig, word: int) -> EvictionPolicy:
+    """The policy of a pool, by the header word POLICY."""
+    policies = list(EvictionPolicy)
+    if 2 <= word < 2 * len(policies) + 2:
+        return policies[word // 2 - 1]
+    return EvictionPolicy(config.eviction_policy)
 
 
 def read_header(path: str) -> SegmentHeader | None:
@@ -1344,6 +1479,7 @@ class Segment:
         self.header = header
         self.fd = -1
         self.session = -1
+        self.ghosts: memoryview | None = None
         doing = "create" if create else "open"
         made = False
         try:
@@ -1378,9 +1514,25 @@ class Segment:
                 raise PoolExistsError(f"{path} exists already") from error
             raise
 
+    def map_ghosts(self) -> memoryview:
+        """The memory of ghosts, made if it is not there; StorageError if it can't be had."""
+        if self.ghosts is None:
+            offset = self.header.geometry.ghosts_offset
+            size = self.header.geometry.bytes_with_ghosts - offset
+            with _os_errors(f"make room for the ghosts of policy adaptive in {self.path}"):
+                os.posix_fallocate(self.fd, offset, size)
+                mapped = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    self.ghosts = memoryview(mmap.mmap(mapped, size, offset=offset))
+                finally:
+                    os.close(mapped)
+        return self.ghosts
+
     def _reserve_space(self, progress: Progress | None) -> None:
         """Allocate every page now: a file that only looks large enough kills with SIGBUS at the first touch."""
-        total = self.header.geometry.total_bytes
+        geometry = self.header.geometry
+        has_ghosts = self.header.first_policy == EvictionPolicy.ADAPTIVE.value
+        total = geometry.bytes_with_ghosts if has_ghosts else geometry.total_bytes
         place = os.path.dirname(self.path)
         in_memory = place == SHM_DIR
         available = _available_memory() if in_memory else None
@@ -1475,6 +1627,7 @@ class Segment:
                 getattr(self, name).release()
         if hasattr(self, "memory"):
             del self.memory
+        self.ghosts = None
 
 
 # Held while a thread opens, makes or deletes a pool, and by `fork`: a child that inherits a lock file in the middle of
@@ -2193,7 +2346,7 @@ def _find_segment(path: str) -> SegmentHeader | None:
 
 
 def _check_agreement(config: CachePoolConfig, there: CachePoolConfig) -> None:
-    """PoolMismatchError showing both when a config differs in what a pool can't change."""
+    """PoolMismatchError showing both when a config differs in what opening can't change."""
     names = ("size_bytes", "tier", "eviction_policy", "block_size")
     different = [name for name in names if getattr(config, name) != getattr(there, name)]
     if different:
@@ -2237,7 +2390,8 @@ def _open_segment(
             if not isinstance(config.persist_path, str):
                 raise InvalidArgumentError(f"persist_path {_show(config.persist_path)} must be a str")
             check_path(config.persist_path, "persist_path")
-        new = SegmentHeader(Geometry.of(config), config, store_path, transient, os.urandom(8).hex())
+        identity = os.urandom(8).hex()
+        new = SegmentHeader(Geometry.of(config), config, store_path, transient, identity, config.eviction_policy)
         new.encode()
     if create:
         with _os_errors(f"make the store directory {store_path}"):
@@ -2252,7 +2406,9 @@ def _open_segment(
                 if exclusive:
                     raise PoolExistsError(f"pool {name!r} exists already: delete it first, or open it")
                 if config is not None:
-                    _check_agreement(config, there.config)
+                    first, now = there.first_policy, there.config.eviction_policy  # either will do
+                    asked = replace(config, eviction_policy=now) if config.eviction_policy == first else config
+                    _check_agreement(asked, there.config)
                 return Segment(path, there, create=False)
         if not create or new is None:
             return None
@@ -2308,7 +2464,8 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                 except BlockingIOError:
                     _wait_for_lock(fd)
                 self._is_locked = True
-                if self._untidy or self._gone_views or self._words[DIRTY]:
+                words = self._words
+                if self._untidy or self._gone_views or words[DIRTY] or words[POLICY] != self._policy:
                     self._recover_locked()
                 return method(self, *args, **kwargs) if kwargs else method(self, *args)  # type: ignore[call-arg]
             except CacheError:
@@ -2528,6 +2685,7 @@ class KVCachePool:
         self._untidy = True  # joins at the first lock
         self._memory, self._words = segment.memory, segment.words
         self._data_offset = geometry.data_offset
+        self._policy = 0  # what the header word POLICY said last
         self._recorded, self._accesses = geometry.num_recorded, geometry.accesses_offset >> 3
         self._table = EntryTable(segment)
         self._allocator = BitmapAllocator(
@@ -2541,6 +2699,7 @@ class KVCachePool:
             geometry.num_slots,
             geometry.num_blocks,
             self._table.blocks_of,
+            segment.map_ghosts() if self.config.eviction_policy == EvictionPolicy.ADAPTIVE.value else None,
         )
         _open_pools.add(self)
         try:
@@ -2678,6 +2837,8 @@ class KVCachePool:
             words[BOOT_ID] = _boot_id()
         tidy, self._untidy = self._untidy, False
         try:
+            if words[POLICY] != self._policy:
+                self._follow_policy_locked()
             if segment.session < 0:
                 self._reap_locked()
                 segment.join_locked()
@@ -2700,6 +2861,26 @@ class KVCachePool:
         except BaseException:
             self._untidy = True
             raise
+
+    def _follow_policy_locked(self) -> None:
+        """Go by the policy that the header names, which `set_eviction_policy` has changed, here or elsewhere."""
+        words, order = self._words, self._order
+        assert self._segment is not None
+        policy = _policy_now(self.config, words[POLICY])
+        ghosts = self._segment.map_ghosts() if policy is EvictionPolicy.ADAPTIVE else None
+        order.use_policy_locked(policy, ghosts)
+        if words[POLICY] & 1:  # into or out of fifo: the other one of an entry's two times counts now
+            time_of = W_CREATED if policy is EvictionPolicy.FIFO else W_ACCESSED
+            table = self._table
+            found = [
+                (table.floats[(table.record(slot) >> 1) + time_of], *order.numbers_locked(slot), slot)
+                for slot in table.slots(COMPLETE)
+            ]
+            for _, _, count, priority, slot in sorted(found):
+                order.stamp_locked(slot, count, priority)
+            words[POLICY] &= ~1
+        self.config = replace(self.config, eviction_policy=policy.value)
+        self._policy = words[POLICY]
 
     def _tidy_locked(self) -> None:
         """Make our own pins and WRITING records agree with what this handle really holds."""
@@ -3733,6 +3914,7 @@ class KVCachePool:
             "utilization_percent": 100 * allocated / total,
             "entry_count": words[NUM_ENTRIES],
             "policy": self.config.eviction_policy,
+            "adaptive_weights": self._order.weights_locked() if self._order.is_adaptive else None,
             "tier": self.config.tier,
             "max_entries": geometry.max_entries,
             "hits": hits,
@@ -3745,6 +3927,46 @@ class KVCachePool:
             "fragmentation": 1 - largest / free if free else 0.0,
             "attached_pids": sorted(set(self._segment.session_pids().values())),
         }
+
+    # --- the policy --------------------------------------------------------------------------------------------------
+
+    def set_eviction_policy(self, policy: EvictionPolicy | str) -> None:
+        """Go by another policy from now on, in every process that has the pool open; no entry is lost.
+
+        The order is made from what is known of the entries: last use, use count, priority, time of creation.
+        InvalidArgumentError for a policy that is none; StorageError, and nothing changes, if there is no room for the
+        ghosts of adaptive, 384 bytes a slot. Holds the lock: about 11 us an entry.
+        """
+        self._set_policy(as_policy(policy))
+
+    @_locked
+    def _set_policy(self, policy: EvictionPolicy) -> None:
+        assert self._segment is not None
+        before = self._order.policy
+        if policy is before:
+            return
+        if policy is EvictionPolicy.ADAPTIVE:
+            self._segment.map_ghosts()
+        words = self._words
+        words[DIRTY] = 1
+        self._order.forget_ends_locked(self._table.slots(COMPLETE))
+        words[POLICY] = 2 * (1 + list(EvictionPolicy).index(policy)) + (EvictionPolicy.FIFO in (policy, before))
+        self._follow_policy_locked()
+        self._rebuild_locked()
+
+    @_locked
+    def configure_adaptive(self, weights: Mapping[str, float] | None) -> None:
+        """Let adaptive go by fixed weights, in every process: `recency_weight`, `frequency_weight`, `size_weight`.
+
+        What lacks is 0; they count as shares of their sum. None: by reuse gaps again, as at first. InvalidArgumentError
+        for other names or values, or while the policy is another one.
+        """
+        packed = pack_weights(weights)
+        if not self._order.is_adaptive:
+            raise InvalidArgumentError(
+                f"pool {self.name!r} has policy {self._order.policy.value}: call set_eviction_policy('adaptive') first"
+            )
+        self._order.configure_locked(packed)
 
     # --- care --------------------------------------------------------------------------------------------------------
 
@@ -4617,12 +4839,10 @@ def replay(
 
     A hit is usable when all blocks before it in its request are hits too. Every request is stored whole, its deepest
     block queued first; then victims go until the rest fits. The order is that of an `EvictionManager`, as in a pool.
-    What a request names takes one block, or as many as `blocks` says; then the optimum is not one, only good.
+    `policy` may be "optimum" (Belady's) or have weights, "adaptive:0.4/0.3/0.3" for recency, frequency and size. What
+    a request names takes one block, or as many as `blocks` says; then the optimum is not one, only good.
     """
     capacity = check_int("capacity", capacity, 1)
-    names = [each.value for each in EvictionPolicy]
-    if policy not in (*names, OPTIMUM):
-        raise InvalidArgumentError(f"policy {_show(policy)} must be one of {', '.join(names)} or {OPTIMUM}")
     requests = list(requests)
     blocks = blocks or {}
     if policy == OPTIMUM:
@@ -4630,9 +4850,9 @@ def replay(
     num_slots = capacity + max(map(len, requests), default=0)
     slot_of: dict[int, int] = {}
     block_of = [0] * (num_slots + 1)
-    order = EvictionManager(
-        EvictionPolicy(policy), None, num_slots, capacity, lambda slot: blocks.get(block_of[slot], 1)
-    )
+    kind, weights = split_policy(policy)
+    order = EvictionManager(kind, None, num_slots, capacity, lambda slot: blocks.get(block_of[slot], 1))
+    order.configure_adaptive(weights)
     used = 0
     free = list(range(num_slots, 0, -1))
     hits = usable = 0
@@ -4943,6 +5163,16 @@ class KVCacheCLI:
             return pool.default_snapshot_path
         return os.path.join(self.store.store_path, path_or_name + SNAPSHOT_SUFFIX)
 
+    def configure(self, args: argparse.Namespace) -> int:
+        """go by another eviction policy from now on"""
+        policy, weights = split_policy(args.policy)
+        with self._open(args.name) as pool:
+            pool.set_eviction_policy(policy)
+            if policy is EvictionPolicy.ADAPTIVE:
+                pool.configure_adaptive(weights)
+        _say(f"{args.name} goes by {args.policy} now")
+        return EXIT_DONE
+
     def check(self, args: argparse.Namespace) -> int:
         """compare all of a pool's metadata, mend it with --fix"""
         given = vars(args)
@@ -5000,7 +5230,8 @@ class KVCacheCLI:
         sizes = {text: _share_of(text, unique) for text in wanted.split(",")}
         policies = args.policies.split(",")
         for policy in policies:
-            replay((), policy, 1)  # a wrong name is an error now, not after all the others
+            if policy != OPTIMUM:
+                split_policy(policy)  # a wrong one is an error now, not after all the others
         line = _ProgressLine("replaying")
         rows: list[dict[str, Any]] = []
         for policy in policies:
@@ -5009,6 +5240,10 @@ class KVCacheCLI:
                 rows.append({"policy": policy, "size": text, "blocks": capacity})
                 rows[-1] |= {"hit_rate": hits / accesses, "usable_hit_rate": usable / accesses}
                 line(len(rows), len(sizes) * len(policies))
+        file = vars(args).get("plot")
+        drawn = _write_plot(rows, list(sizes), policies, file) if file else False
+        if file and not drawn:
+            _say(f"{file} is not written, a chart in text instead: it needs pip install 'kv-cache-manager[plot]'")
         if args.json:
             totals = {"requests": len(requests), "accesses": accesses, "unique_blocks": unique}
             _out(json.dumps({**totals, "results": rows}, indent=2))
@@ -5019,6 +5254,8 @@ class KVCacheCLI:
             found = [row for row in rows if row["policy"] == policy]
             table.append([policy, *(f"{row['usable_hit_rate']:.4f} ({row['hit_rate']:.4f})" for row in found)])
         _print_table(table)
+        if file is not None and not drawn:
+            _print_chart(rows, list(sizes), policies)
         return EXIT_DONE
 
     def policies(self, args: argparse.Namespace) -> int:
@@ -5039,6 +5276,43 @@ class KVCacheCLI:
         if pool is None:
             raise PoolNotFoundError(f"there is no pool {name!r} in {self.store.store_path}: see `cortex cache status`")
         return pool
+
+
+def _print_chart(rows: Sequence[Mapping[str, Any]], sizes: Sequence[str], policies: Sequence[str]) -> None:
+    """Bars of usable hit ratios."""
+    most = max(row["usable_hit_rate"] for row in rows) or 1.0
+    width = max(map(len, policies))
+    for size in sizes:
+        _out(f"\n{size}")
+        for row in rows:
+            if row["size"] == size:
+                bar = "#" * round(50 * row["usable_hit_rate"] / most)
+                _out(f"  {row['policy']:<{width}}  {row['usable_hit_rate']:.4f}  {bar}".rstrip())
+
+
+def _write_plot(rows: Sequence[Mapping[str, Any]], sizes: Sequence[str], policies: Sequence[str], path: str) -> bool:
+    """Draw the usable hit ratios over the sizes, in a file whose name says its format; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for policy in policies:
+        ratios = [row["usable_hit_rate"] for row in rows if row["policy"] == policy]
+        axes.plot(range(len(sizes)), ratios, marker="o", label=policy, linestyle="--" if policy == OPTIMUM else "-")
+    axes.set_xticks(range(len(sizes)), sizes)
+    axes.set_xlabel("size of the cache")
+    axes.set_ylabel("usable hit ratio")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with _os_errors(f"write {path!r}"):
+        try:
+            figure.savefig(path)
+        except ValueError as error:  # a name that says no format, or one that matplotlib has not
+            raise InvalidArgumentError(f"{path!r} can't be plotted: {error}") from None
+    return True
 
 
 def _share_of(text: str, unique: int) -> int:
@@ -5241,6 +5515,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--name", help="name of the pool (default: the one in the snapshot)")
     pool_options(sub, False)
     sub.add_argument("--salvage", action="store_true", help="take what is intact of a damaged file")
+    sub = command("configure")
+    sub.add_argument("name", metavar="NAME")
+    policy_help = "see `policies`; adaptive:0.4/0.3/0.3 for fixed weights of recency, frequency and size"
+    sub.add_argument("--policy", required=True, metavar="P", help=policy_help)
     sub = command("check", json_too=True)
     sub.add_argument("name", metavar="NAME")
     sub.add_argument("--fix", action="store_true", help="rebuild what is derived, drop records that can't be right")
@@ -5258,6 +5536,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S,...",
         help="blocks, or %% of the unique ones; default 1%%,5%%,10%%,20%%,40%%; for a pool a quarter to twice its size",
     )
+    plot_help = "draw the usable hit ratios (needs matplotlib); as bars of text without FILE or matplotlib"
+    sub.add_argument("--plot", metavar="FILE.png", nargs="?", const="", help=plot_help)
     command("policies", json_too=True)
     command("demo")
     return parser

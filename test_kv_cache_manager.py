@@ -1548,8 +1548,9 @@ class FusedMemory:
     def __setitem__(self, index: Any, value: Any) -> None:
         if self._fuse.burn():
             if isinstance(index, slice):  # a copy may be cut anywhere; a word is written whole or not at all
-                half = (index.stop - index.start) // 2
-                self._target[index.start : index.start + half] = bytes(value[:half])
+                start, stop, _ = index.indices(len(self._target))
+                half = (stop - start) // 2
+                self._target[start : start + half] = bytes(value[:half])
             self._fuse.action()
         self._target[index] = value
 
@@ -1570,7 +1571,7 @@ def fused(pool: KVCachePool, fuse: Fuse, join: bool = True) -> Iterator[None]:
         for owner, names in (
             (pool, ("_memory", "_words")),
             (pool._table, ("memory", "words", "halves", "floats")),
-            (pool._order, ("_words", "_halves")),
+            (pool._order, ("_words", "_halves", *(["_ghosts"] if pool._order.is_adaptive else []))),
             (pool._allocator, ("_bits", "_counters")),
             (pool._segment, ("words",)),
         )
@@ -1680,6 +1681,8 @@ OPERATIONS: dict[str, tuple[Callable[[KVCachePool], None], Callable[[KVCachePool
     "delete while pinned": (fill_roomy, delete_while_pinned, {"old"}),
     "evict": (fill_fragmented, lambda pool: pool.evict(25), {"k01", "k03", "k05", "k07", "k09", "k11", "k13", "k15"}),
     "touch": (fill_roomy, lambda pool: pool.touch(["old", "a", "b", "c"], ends_prompt=True), set()),
+    "set policy": (fill_roomy, lambda pool: pool.set_eviction_policy("fifo"), set()),
+    "set policy adaptive": (fill_roomy, lambda pool: pool.set_eviction_policy("adaptive"), set()),
     "clear": (fill_roomy, lambda pool: pool.clear(), {"old", "a", "b", "c"}),
     "defragment": (fill_fragmented, lambda pool: pool.defragment(), set()),
     "put that moves": (fill_fragmented, lambda pool: pool.put("new", payload("new", LARGE)), {"new"}),
@@ -1725,7 +1728,10 @@ class TestCrashes:
         ("name", "policy"),
         [
             *((name, policy) for name in OPERATIONS for policy in (EvictionPolicy.LRU, EvictionPolicy.LFU)),
-            *((name, EvictionPolicy.ADAPTIVE) for name in ("put", "get", "overwrite in place", "evict", "touch")),
+            *(
+                (name, EvictionPolicy.ADAPTIVE)
+                for name in ("put", "get", "overwrite in place", "evict", "touch", "clear")
+            ),
             ("put that evicts and moves", EvictionPolicy.ADAPTIVE),
         ],
     )
@@ -2186,7 +2192,8 @@ class TestPool:
             assert stats == {
                 "name": "pool", "size_bytes": OVERHEAD + 8 * BLOCK_SIZE, "data_size_bytes": 8 * BLOCK_SIZE,
                 "block_size": BLOCK_SIZE, "total_blocks": 8, "allocated_blocks": 3, "free_blocks": 5,
-                "utilization_percent": 37.5, "entry_count": 2, "policy": "lru", "tier": "cpu", "max_entries": 5,
+                "utilization_percent": 37.5, "entry_count": 2, "policy": "lru", "adaptive_weights": None,
+                "tier": "cpu", "max_entries": 5,
                 "hits": 1, "misses": 1, "hit_rate": 0.5, "puts": 3, "evictions": 0, "pinned_entries": 0,
                 "largest_free_run": 4, "fragmentation": pytest.approx(0.2), "attached_pids": [os.getpid()],
             }  # fmt: skip
@@ -2508,6 +2515,198 @@ class TestAdaptive:
             order.access(str(number - 9))
             order.remove(str(number - 20))
         assert math.exp(order._mean_locked()) == pytest.approx(17, rel=0.3)  # 9 puts and 9 uses, less the ends
+
+    def test_alone_a_path_is_touched_by_keys_and_what_is_evicted_leaves_a_ghost(self) -> None:
+        order = EvictionManager(EvictionPolicy.ADAPTIVE)
+        for key in ("root", "middle", "end", "other"):
+            order.add(make_entry(key))
+        order.touch(["root", "middle", "nobody", "end"], ends_prompt=True)
+        assert order.get_eviction_candidates(4) == ["end", "other", "middle", "root"]
+        assert {entry.key: entry.access_count for entry in order.get_all_entries()}["end"] == 1
+        for key, evicted in (("end", True), ("other", False)):
+            order.remove(key, evicted)
+            order.add(make_entry(key))
+        slots = order._slot_of
+        assert [order.numbers_locked(slots[key])[1] for key in ("end", "other")] == [2, 0]
+
+
+class TestSetPolicy:
+    def fill(self, pool: KVCachePool) -> None:
+        for key in "abcd":
+            pool.put(key, key.encode() * 100, priority=ord("d") - ord(key))
+        for key in "acba":
+            pool.get(key)
+
+    @pytest.mark.parametrize("before", list(EvictionPolicy))
+    @pytest.mark.parametrize("policy", list(EvictionPolicy))
+    def test_the_order_is_what_it_would_have_been(self, before: EvictionPolicy, policy: EvictionPolicy) -> None:
+        with make_pool(8, eviction_policy=policy.value) as pool:
+            self.fill(pool)
+            expected = list(pool)
+        with make_pool(8, eviction_policy=before.value) as pool, KVCachePool.attach("pool") as other:
+            self.fill(pool)
+            other.set_eviction_policy(policy)
+            assert (list(pool), list(other)) == (expected, expected)
+            assert pool.get_stats()["policy"] == pool.config.eviction_policy == policy.value
+            assert contents(pool) == {key: key.encode() * 100 for key in "abcd"}
+            pool.put("e", b"e")
+            pool.get("d")
+            pool.evict(20)
+            assert_sound(pool)
+            assert list(other) == list(pool)
+            other.set_eviction_policy(before.value)
+            assert_sound(pool)
+
+    def test_who_opens_the_pool_later_finds_the_new_policy(self, store_dir: str, tmp_path: Path) -> None:
+        with CacheStore(store_dir).create(make_config("p")) as pool:
+            assert os.stat(pool._path).st_size == pool._geometry.total_bytes
+            pool.set_eviction_policy("adaptive")
+            assert os.stat(pool._path).st_size == pool._geometry.bytes_with_ghosts
+            pool.put("k", b"v")
+            pool.persist(tmp_path / "s")
+        for policy in ("lru", "adaptive"):  # as it was made, as it is now
+            with KVCachePool(make_config("p", eviction_policy=policy), store_path=store_dir) as pool:
+                assert pool.config.eviction_policy == "adaptive"
+        with pytest.raises(
+            kv.PoolMismatchError, match="there with eviction_policy adaptive; asked for was eviction_policy lfu"
+        ):
+            KVCachePool(make_config("p", eviction_policy="lfu"), store_path=store_dir)
+        with KVCachePool.attach("p", store_dir) as pool:
+            pool.set_eviction_policy("lfu")
+            assert_sound(pool)
+        with KVCachePool.attach("p", store_dir) as pool:  # its ghosts still take their place
+            assert (pool.config.eviction_policy, pool.get("k")) == ("lfu", b"v")
+        with CacheStore(store_dir).restore(tmp_path / "s", name="q") as pool:
+            assert (pool.config.eviction_policy, pool.get("k")) == ("adaptive", b"v")
+
+    def test_in_a_forked_child_and_back(self) -> None:
+        with make_pool(8) as pool:
+            self.fill(pool)
+            assert in_child(lambda: pool.set_eviction_policy("adaptive")) == 0
+            assert pool.evict(100) == 4
+            assert pool.put("a", b"")
+            assert pool.entries["a"].access_count == 3
+            assert in_child(lambda: pool.evict(100)) == 0
+            assert pool.put("a", b"")
+            assert pool.entries["a"].access_count == 4
+            assert_sound(pool)
+
+    @pytest.mark.parametrize("policy", ["fifo", "adaptive"])
+    def test_killed_at_every_write_it_is_one_policy_or_the_other(self, policy: str) -> None:
+        expected = {"lru": list("dcba"), "fifo": list("abcd"), "adaptive": list("dcba")}
+        seen = set()
+        for n in itertools.count(1):
+            with make_pool(8) as pool:
+                self.fill(pool)
+
+                def work(pool: KVCachePool = pool, n: int = n) -> None:
+                    with fused(pool, Fuse(n, die)):
+                        pool.set_eviction_policy(policy)
+
+                code = in_child(work)
+                assert_sound(pool)
+                seen.add(pool.config.eviction_policy)
+                assert list(pool) == expected[pool.config.eviction_policy]
+            if code == 0:
+                break
+        assert seen == {"lru", policy}
+
+    def test_no_room_for_ghosts_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_pool(8) as pool:
+            self.fill(pool)
+
+            def full(*_: Any) -> None:
+                raise OSError(kv.errno.ENOSPC, "No space left on device")
+
+            monkeypatch.setattr(os, "posix_fallocate", full)
+            with pytest.raises(kv.StorageError, match="ghosts of policy adaptive"):
+                pool.set_eviction_policy("adaptive")
+            monkeypatch.undo()
+            assert (pool.config.eviction_policy, list(pool)) == ("lru", list("dcba"))
+            pool.set_eviction_policy("adaptive")
+            assert_sound(pool)
+
+    def test_weights(self) -> None:
+        with make_pool(64, eviction_policy="adaptive") as pool, KVCachePool.attach("pool") as other:
+            for key, blocks, uses in (("often", 2, 3), ("once", 1, 1), ("large", 9, 2), ("new", 1, 0)):
+                pool.put(key, bytes(blocks * BLOCK_SIZE))
+                for _ in range(uses):
+                    pool.get(key)
+            for weights, first in (
+                ({"recency_weight": 1}, "often"),
+                ({"frequency_weight": 0.5}, "new"),
+                ({"size_weight": 3}, "large"),
+                ({"recency_weight": 0.4, "frequency_weight": 0.3, "size_weight": 0.3}, "once"),
+            ):
+                other.configure_adaptive(weights)
+                assert next(iter(pool)) == first
+                assert set(pool) == {"often", "once", "large", "new"}
+                total = sum(weights.values())
+                found = pool.get_stats()["adaptive_weights"]
+                assert found == pytest.approx(
+                    {name: weights.get(name, 0) / total for name in kv.WEIGHT_NAMES}, abs=1e-4
+                )
+            pool.configure_adaptive(None)
+            assert other.get_stats()["adaptive_weights"] is None
+            assert_sound(pool)
+
+    @pytest.mark.parametrize(
+        "weights",
+        [
+            {"recency": 1},
+            {},
+            {"recency_weight": 0},
+            {"size_weight": -1},
+            {"size_weight": math.nan},
+            {"size_weight": "1"},
+            [1],
+            3,
+        ],
+    )
+    def test_weights_that_are_none(self, weights: Any) -> None:
+        with make_pool(8, eviction_policy="adaptive") as pool:
+            with pytest.raises(kv.InvalidArgumentError):
+                pool.configure_adaptive(weights)
+            with pytest.raises(kv.InvalidArgumentError):
+                EvictionManager(EvictionPolicy.ADAPTIVE).configure_adaptive(weights)
+            assert pool.get_stats()["adaptive_weights"] is None
+
+    def test_misuse(self) -> None:
+        with make_pool(8) as pool:
+            with pytest.raises(kv.InvalidArgumentError, match="policy 'best' must be one of lru, lfu"):
+                pool.set_eviction_policy("best")
+            with pytest.raises(
+                kv.InvalidArgumentError, match=r"has policy lru: call set_eviction_policy\('adaptive'\) first"
+            ):
+                pool.configure_adaptive({"size_weight": 1})
+        with pytest.raises(kv.PoolClosedError):
+            pool.set_eviction_policy("lfu")
+
+    def test_a_stray_policy_word_or_weight_does_no_harm(self) -> None:
+        for word in (-1, 1, 12, 1 << 40):
+            with make_pool(8, eviction_policy="adaptive") as pool:
+                self.fill(pool)
+                pool._words[kv.POLICY] = word
+                pool._order._words[kv._WEIGHTS] = 1 << 62
+                assert len(list(pool)) == 4
+                assert pool.evict(100) == 4
+                assert_sound(pool)
+
+    def test_from_the_shell(self, cli: Any, store_dir: str) -> None:
+        CacheStore(store_dir).create(make_config("p")).close()
+        for policy, weights in (("adaptive:1/0/1", [0.5, 0, 0.5]), ("adaptive", None), ("lfu", None)):
+            assert cli("--store", store_dir, "configure", "p", "--policy", policy) == (
+                0,
+                "",
+                f"p goes by {policy} now\n",
+            )
+            stats = json.loads(cli("--store", store_dir, "status", "p", "--json")[1])
+            assert stats["policy"] == policy.partition(":")[0]
+            assert (stats["adaptive_weights"] and list(stats["adaptive_weights"].values())) == weights
+        for policy in ("best", "lru:1/1/1", "adaptive:1/1", "adaptive:0/0/0", "adaptive:", "adaptive:a/b/c"):
+            code, out, err = cli("--store", store_dir, "configure", "p", "--policy", policy)
+            assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert json.loads(cli("--store", store_dir, "status", "p", "--json")[1])["policy"] == "lfu"
 
 
 class TestTraps:
@@ -4022,6 +4221,38 @@ class TestReplay:
         assert "--record" in err
         assert cli("--store", store_dir, "replay", "nobody")[0] == 1
 
+    def test_fixed_weights(self) -> None:
+        requests = self.trace(3)
+        capacity = 40
+        assert kv.replay(requests, "adaptive:1/0/0", capacity) != kv.replay(requests, "adaptive", capacity)
+        with pytest.raises(kv.InvalidArgumentError, match="only adaptive has weights"):
+            kv.replay(requests, "lru:1/0/0", capacity)
+
+    @pytest.mark.parametrize("plot", [["--plot"], ["--plot", "chart.png"]])
+    def test_a_chart_in_text(self, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plot: list[str]) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        (tmp_path / "trace").write_text('{"hash_ids": [1, 2]}\n{"hash_ids": [1, 2]}\n{"hash_ids": [1, 3]}\n')
+        code, out, err = cli("replay", "trace", "--policies", "lru,optimum", "--sizes", "1,3", *plot)
+        assert code == 0
+        assert out.endswith(
+            "\n1\n  lru      0.3333  #################################\n  optimum  0.3333  #################################\n"
+            "\n3\n  lru      0.5000  ##################################################\n"
+            "  optimum  0.5000  ##################################################\n"
+        )
+        assert err.count("kv-cache-manager[plot]") == len(plot) - 1
+        assert not (tmp_path / "chart.png").exists()
+
+    def test_a_chart_as_a_picture(self, cli: Any, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed: the plot is left out")
+        (tmp_path / "trace").write_text('{"hash_ids": [1, 2]}\n{"hash_ids": [1, 2]}\n')
+        code, out, err = cli("replay", str(tmp_path / "trace"), "--plot", str(tmp_path / "chart.png"))
+        assert (code, "#" in out) == (0, False)
+        assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+        for name, failure in (("chart.nonsense", 2), ("none/chart.png", 1)):
+            code, out, err = cli("replay", str(tmp_path / "trace"), "--plot", str(tmp_path / name))
+            assert (code, out, len(err.splitlines())) == (failure, "", 1)
+
     @pytest.mark.skipif(not TRACES.exists(), reason="the request traces are not part of this project")
     @pytest.mark.parametrize(
         ("share", "lru", "adaptive", "optimum"),
@@ -4035,8 +4266,8 @@ class TestReplay:
         assert kv.replay(requests, "adaptive", capacity)[1] / accesses >= adaptive
 
 
-COMMANDS = ["create", "status", "list", "put", "get", "evict", "persist", "restore", "check", "delete", "prune"]
-COMMANDS += ["replay", "policies", "demo"]
+COMMANDS = ["create", "status", "list", "put", "get", "evict", "persist", "restore", "configure", "check", "delete"]
+COMMANDS += ["prune", "replay", "policies", "demo"]
 
 
 class TestCommandLine:
