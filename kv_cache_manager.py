@@ -2492,16 +2492,15 @@ class _ViewRef(weakref.ref):  # type: ignore[type-arg]
     pool: weakref.ref[KVCachePool] | None = None  # set once the pool is closed
 
 
-def _view_gone(pool_ref: weakref.ref[KVCachePool], ref: _ViewRef) -> None:
-    """Let others have what nobody shows any more, as far as that needs no lock; the next call does the rest.
+def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview]) -> None:
+    """Let others have at once what the view showed that pins by way of the session table; the next call does the rest.
 
-    In this order: as long as the token is not in `_gone_views`, nobody else changes the word that is its pin.
+    An interrupt in here is lost, as in any callback of a weak reference; that is why the reference of `_lend`, whose
+    callback is C code, is another one. It is called after this one, and until then nobody else changes the word.
     """
     pool = pool_ref()
-    if pool is not None:
-        if pool._reader == ref.token and "_table" in pool.__dict__:
-            pool._table.read(0)
-        pool._gone_views.append(ref)
+    if pool is not None and pool._reader_ref is ref and "_table" in pool.__dict__:
+        pool._table.read(0)
 
 
 def _view_gone_after_close(ref: _ViewRef) -> None:
@@ -2681,7 +2680,8 @@ class KVCachePool:
         self._pins_by_key: dict[bytes, list[int]] = {}
         self._tokens = itertools.count(1, 1 << 32)  # a path uses the numbers from its token on
         self._gone_views: deque[_ViewRef] = deque()
-        self._view_gone: Any = functools.partial(_view_gone, weakref.ref(self))
+        self._reader_gone: Any = functools.partial(_reader_gone, weakref.ref(self))
+        self._reader_ref: weakref.ref[memoryview] | None = None
         self._untidy = True  # joins at the first lock
         self._memory, self._words = segment.memory, segment.words
         self._data_offset = geometry.data_offset
@@ -2748,7 +2748,7 @@ class KVCachePool:
         # No lock is taken here: this may run inside a call to another pool, and waiting could then be for ever. The
         # kernel tells the others that the session is over; they clear it away as they do for the dead.
         segment = getattr(self, "_segment", None)
-        if segment is not None:
+        if segment is not None and not sys.is_finalizing():  # then the modules that this needs may be gone
             self._segment = None
             self._shut(segment, wait=False)
 
@@ -2807,7 +2807,7 @@ class KVCachePool:
             mapping.clear()
         self._writes.clear()
         self._gone_views.clear()
-        self._reader = 0
+        self._reader, self._reader_ref = 0, None
         self._untidy = True
         if segment is not None:
             try:
@@ -2885,7 +2885,8 @@ class KVCachePool:
     def _tidy_locked(self) -> None:
         """Make our own pins and WRITING records agree with what this handle really holds."""
         table, session = self._table, self._table.session
-        self._reader = self._reader if self._reader in self._holds else 0
+        if self._reader not in self._holds:
+            self._reader, self._reader_ref = 0, None
         bits = self._holds.keys() - self._writes - {self._reader}
         self._pins = dict(Counter(self._holds[token] for token in bits))
         table.read(self._holds.get(self._reader, 0))
@@ -3014,7 +3015,7 @@ class KVCachePool:
     def _unpin_locked(self, token: int) -> None:
         slot = self._holds.pop(token)
         if token == self._reader:
-            self._reader = 0
+            self._reader, self._reader_ref = 0, None
             self._table.read(0)
         else:
             count = self._pins[slot] - 1
@@ -3051,7 +3052,7 @@ class KVCachePool:
             with self._mutex:  # to the end: another thread that closes the pool must not come in between
                 if token == self._reader and not self._is_locked:
                     slot = self._holds.pop(token)
-                    self._reader = 0
+                    self._reader, self._reader_ref = 0, None
                     self._table.read(0)
                     with self._barrier:  # looked at last, for it may just become so: see `_drop_locked`
                         is_condemned = self._table.halves[self._table.record(slot)] == CONDEMNED
@@ -3608,6 +3609,8 @@ class KVCachePool:
             return None
         assert self._segment is not None
         view = self._lend(self._segment.read_only, *self._table.place(slot), token)
+        if not self._reader:
+            self._reader_ref = weakref.ref(cast(memoryview, view.obj), self._reader_gone)
         self._read_locked(slot, token)
         return view
 
@@ -3619,7 +3622,7 @@ class KVCachePool:
         can be released, or dies, when the view and all that was made from it have gone.
         """
         owner = memory[offset : offset + size]
-        self._view_refs[token] = ref = _ViewRef(owner, self._view_gone)
+        self._view_refs[token] = ref = _ViewRef(owner, self._gone_views.append)
         ref.token = token
         return memoryview(PickleBuffer(owner))
 
@@ -3754,9 +3757,10 @@ class KVCachePool:
     @_locked
     def _close_path(self, views: Sequence[memoryview], token: int) -> None:
         for number, view in enumerate(views):
-            if _take_back(view, cast(memoryview, view.obj)) and token + number in self._holds:
-                self._unpin_locked(token + number)
-            self._view_refs.pop(token + number, None)
+            if _take_back(view, cast(memoryview, view.obj)):  # else see `_close_view`: an error's traceback has arrays
+                if token + number in self._holds:
+                    self._unpin_locked(token + number)
+                self._view_refs.pop(token + number, None)
 
     @_locked
     def _unpin_many(self, tokens: Iterable[int]) -> None:
@@ -4273,10 +4277,12 @@ def _after_fork() -> None:
 
 @atexit.register
 def _close_all() -> None:
-    """Transient pools end with their last process."""
+    """Transient pools end with their last process; with views still in use too, which end with it."""
     for pool in list(_open_pools):
         with contextlib.suppress(CacheError):
             pool.close()
+        pool._holds.clear()
+        pool.__del__()
 
 
 if hasattr(os, "register_at_fork"):
@@ -4456,11 +4462,11 @@ class PrefixCache:
                 pool._commit(token, keep_pinned=True, checksum=checksum)
                 stored += 1
             pool._requeue([encode_key(key) for key in hashes[: stored + shared]])
+            pool._unpin_many(tokens)
         except BaseException:
             for token in tokens:
                 pool._abandon(token)
             raise
-        pool._unpin_many(tokens)
         self._count(blocks_stored=stored, blocks_shared=shared, bytes_saved=saved)
         return stored
 

@@ -1820,14 +1820,16 @@ class TestCrashes:
                 value = pool.get(key)
                 assert value == payload(key, len(value)), f"{key} is torn"
 
-    def test_real_interrupts_at_any_bytecode(self) -> None:
+    @pytest.mark.parametrize("what", ["hammer_once", "use_prefixes_once"])
+    def test_real_interrupts_at_any_bytecode(self, what: str) -> None:
         """A timer raises KeyboardInterrupt wherever the interpreter checks for signals.
 
         In a process without coverage measurement, whose own locks would not survive it.
         """
+        pytest.importorskip("numpy")
         environment = without_coverage()
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(MODULE).parent), str(Path(__file__).parent)])
-        code = f"import {Path(__file__).stem} as tests; tests.interrupt_storm()"
+        code = f"import {Path(__file__).stem} as tests; tests.interrupt_storm(tests.{what})"
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False
         )
@@ -1839,16 +1841,18 @@ def without_coverage() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("COV")}
 
 
-def interrupt_storm() -> None:
+def interrupt_storm(work: Callable[[KVCachePool, random.Random], None]) -> None:
     """Thousands of interrupts, after each of which others must get the lock."""
+    sys.unraisablehook = lambda *_: None  # an interrupt in the callback of a weak reference is lost, with a message
     with make_pool(256, max_entries=64) as pool, KVCachePool.attach("pool") as other:
         randomness = random.Random(2)
         signal.signal(signal.SIGALRM, lambda *_: interrupt())
         interrupts = 0
+        work(pool, randomness)  # imports what it needs
         for _ in range(4000):
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-6 + randomness.random() * 3e-4)
-                hammer_once(pool, randomness)
+                work(pool, randomness)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 interrupts += 1
@@ -1856,9 +1860,31 @@ def interrupt_storm() -> None:
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         assert interrupts > 100
         assert_sound(pool)
-        for key in list(pool):
+        for key in list(pool) if work is hammer_once else ():
             value = pool.get(key)
             assert value == payload(key, len(value)), f"{key} is torn"
+
+
+def use_prefixes_once(pool: KVCachePool, randomness: random.Random) -> None:
+    """Store, load or copy tensors; the KV of a token is its number."""
+    import numpy
+
+    cache = kv.PrefixCache(pool, namespace="m", block_size=4)
+    tokens = [randomness.randrange(3)] * 2 + list(range(randomness.choice([5, 30, 90])))
+    what = randomness.random()
+    if what < 0.3:
+        cache.store(tokens, numpy.tile(numpy.array(tokens, "f4")[:, None], (2, 2, 2, 1, 64)))
+    elif what < 0.6:
+        states, num_tokens = cache.load(tokens)
+        assert states is None or (states[..., 0] == numpy.array(tokens[:num_tokens])).all()
+    elif what < 0.8:
+        for key in cache.compute_block_hashes(tokens):
+            pool.get_tensor(key)
+    else:
+        for key in cache.compute_block_hashes(tokens):
+            with pool.view_tensor(key) as tensor:
+                if tensor is not None:
+                    tensor.sum()
 
 
 def hammer_once(pool: KVCachePool, randomness: random.Random) -> None:
