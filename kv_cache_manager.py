@@ -807,9 +807,11 @@ POLICY_KEY: dict[EvictionPolicy, Callable[[int, int], int]] = {
     EvictionPolicy.ADAPTIVE: lambda count, priority: min(count, 3) + 1,  # 0 for what ends a prompt
 }
 REUSE_BONUS = (-8.0, 0.0, 1.0, 1.5, 2.0)  # by the keys of ADAPTIVE: what a use more is worth, in typical reuse gaps
+REUSE_LACK = tuple(REUSE_BONUS[-1] - bonus for bonus in REUSE_BONUS)
 GAP_MEMORY = 1600  # how many gaps the running mean of ADAPTIVE remembers, about
 GHOSTS_PER_SLOT = 16
 _GHOST_WAYS = 8
+_GHOST_SET = struct.Struct("24q")  # 3 words for each of the 8
 WEIGHT_NAMES = ("recency_weight", "frequency_weight", "size_weight")
 _WEIGHT_BITS = 20
 
@@ -1156,12 +1158,9 @@ class EvictionManager:
         words, ghosts, digest = self._words, self._ghosts, key_digest(key)
         word = (self._nodes + slot * _NODE_HALVES) >> 1
         at = 3 * _GHOST_WAYS * (digest % self._ghost_sets)
-        digests = ghosts[at : at + 3 * _GHOST_WAYS : 3].tolist()
-        if 0 in digests:
-            at += 3 * digests.index(0)
-        else:
-            last = ghosts[at + 1 : at + 3 * _GHOST_WAYS : 3].tolist()
-            at += 3 * last.index(min(last))
+        found = _GHOST_SET.unpack(ghosts[at : at + 3 * _GHOST_WAYS])
+        digests, last = found[::3], found[1::3]
+        at += 3 * (digests.index(0) if 0 in digests else last.index(min(last)))
         ghosts[at] = 0
         ghosts[at + 1] = words[word + _SEQUENCE]
         ghosts[at + 2] = words[word + _COUNT]
@@ -1173,11 +1172,12 @@ class EvictionManager:
             return 0
         ghosts, digest = self._ghosts, key_digest(key)
         at = 3 * _GHOST_WAYS * (digest % self._ghost_sets)
-        digests = ghosts[at : at + 3 * _GHOST_WAYS : 3].tolist()
-        if digest not in digests:
+        found = _GHOST_SET.unpack(ghosts[at : at + 3 * _GHOST_WAYS])
+        if digest not in found[::3]:
             return 0
-        at += 3 * digests.index(digest)
-        sequence, count = ghosts[at + 1], ghosts[at + 2]
+        place = 3 * found[::3].index(digest)
+        at += place
+        _, sequence, count = found[place : place + 3]
         ghosts[at] = 0
         if not count:
             self._learn_locked([max(self._words[_CLOCK] - sequence, 1)])
@@ -1199,47 +1199,50 @@ class EvictionManager:
     def _cheapest_locked(self) -> Iterator[int]:
         """Slots by worth, of which only the heads of the buckets are compared."""
         halves, words, blocks_of, nodes = self._halves, self._words, self._blocks_of, self._nodes
-        first: list[tuple[int, int]] = []  # (node, bucket)
-        bucket = halves[_RING + _HIGHER]
-        for _ in REUSE_BONUS:
-            if bucket != _RING:
-                first.append((halves[bucket + _FIRST], bucket))
-                bucket = halves[bucket + _HIGHER]
         weights = words[_WEIGHTS] and self.weights_locked()
-        if weights:
-            waste = self._weigh_locked(first, **weights)
-        else:
-            gap = math.exp(self._mean_locked())
-            greatest = words[_CLOCK] + REUSE_BONUS[-1] * gap
-
-            def waste(node: int, bucket: int) -> float:
-                worth = words[(node >> 1) + _SEQUENCE] + REUSE_BONUS[words[(bucket >> 1) + _KEY]] * gap
-                return (greatest - worth) * blocks_of((node - nodes) // _NODE_HALVES)
-
-        heads = [(waste(node, bucket), node, bucket) for node, bucket in first]
+        weigh = self._weigh_locked(**weights) if weights else None
+        clock, gap = words[_CLOCK], math.exp(self._mean_locked())
+        heads: list[tuple[float, int, int]] = []  # how much it should go, node, bucket
+        fresh = self._heads_locked()
         for _ in range(self.num_slots):
+            for node, bucket in fresh:
+                if weigh:
+                    waste = weigh(node)
+                else:  # how far below the greatest possible worth, once for every block
+                    waste = clock - words[(node >> 1) + _SEQUENCE] + REUSE_LACK[words[(bucket >> 1) + _KEY]] * gap
+                    waste *= blocks_of((node - nodes) // _NODE_HALVES)
+                heads.append((waste, node, bucket))
             if not heads:
                 return
             head = max(heads)
             _, node, bucket = head
-            yield (node - self._nodes) // _NODE_HALVES
+            yield (node - nodes) // _NODE_HALVES
             heads.remove(head)
             node = halves[node + _NEXT]
-            if node != bucket:
-                heads.append((waste(node, bucket), node, bucket))
-        if heads:
+            fresh = [(node, bucket)] if node != bucket else []
+        if heads or fresh:
             raise IndexError
 
+    def _heads_locked(self) -> list[tuple[int, int]]:
+        """(node, bucket) of the first of each bucket."""
+        halves = self._halves
+        heads = []
+        bucket = halves[_RING + _HIGHER]
+        while bucket != _RING and len(heads) < len(REUSE_BONUS):
+            heads.append((halves[bucket + _FIRST], bucket))
+            bucket = halves[bucket + _HIGHER]
+        return heads
+
     def _weigh_locked(
-        self, heads: Sequence[tuple[int, int]], recency_weight: float, frequency_weight: float, size_weight: float
-    ) -> Callable[[int, int], float]:
-        """How much a (node, bucket) should go by the weights; scaled by these heads."""
+        self, recency_weight: float, frequency_weight: float, size_weight: float
+    ) -> Callable[[int], float]:
+        """How much a node should go by the weights; scaled by the heads of now."""
         words, blocks_of, nodes = self._words, self._blocks_of, self._nodes
-        clock = words[_CLOCK]
+        clock, heads = words[_CLOCK], self._heads_locked()
         oldest = max((clock - words[(node >> 1) + _SEQUENCE] for node, _ in heads), default=0) or 1
         largest = max((blocks_of((node - nodes) // _NODE_HALVES) for node, _ in heads), default=1)
 
-        def waste(node: int, bucket: int) -> float:
+        def waste(node: int) -> float:
             age = (clock - words[(node >> 1) + _SEQUENCE]) / oldest
             seldom = 1 - min(words[(node >> 1) + _COUNT], 3) / 3
             size = blocks_of((node - nodes) // _NODE_HALVES) / largest
@@ -1277,8 +1280,11 @@ class EvictionManager:
         return self._key_locked(node), self._words[(node >> 1) + _SEQUENCE]
 
     def _key_locked(self, node: int) -> int:
-        if self.is_adaptive and self._halves[node + _TAIL]:
-            return 0
+        if self.is_adaptive:
+            if self._halves[node + _TAIL]:
+                return 0
+            count = self._words[(node >> 1) + _COUNT]
+            return count + 1 if count < 3 else 4
         return self._key_of(self._words[(node >> 1) + _COUNT], self._words[(node >> 1) + _PRIORITY])
 
     def rebuild_locked(self, slots: Iterable[int]) -> None:
