@@ -873,7 +873,7 @@ class EvictionManager:
     follow "An O(1) algorithm for implementing the LFU cache eviction scheme" (Shah, Mitra, Matani, 2010).
 
     ADAPTIVE has a bucket each for entries put but not used since, used once, twice, and more often, and one for those
-    that end a prompt. An entry is worth its last use plus a bonus for its bucket, `REUSE_BONUS` times G, the typical
+    that end a prompt and were not used before. An entry is worth its last use plus a bonus for its bucket, `REUSE_BONUS` times G, the typical
     gap between the first and the second use of an entry: the exponential of a running mean of the gaps' logarithms.
     Time is counted in blocks touched. The victim is the cheapest of the bucket's heads, and of heads of several sizes
     the one that frees most: the distance to the greatest possible worth counts once for every block. Ghosts remember
@@ -1124,16 +1124,17 @@ class EvictionManager:
         clock, gaps = self._words[_CLOCK], []
         for slot in reversed(path):
             sequence, count, priority = self.numbers_locked(slot)
+            is_new = not count
             if slot not in unused:
-                if not count:
+                if is_new:
                     gaps.append(max(clock - sequence, 1))
                 count += 1
             least_count, least_priority = max(count, least_count), max(priority, least_priority)
             self.unlink_locked(slot)
             self.stamp_locked(slot, least_count, least_priority)
-            if ends_prompt and self.is_adaptive:
+            if ends_prompt and self.is_adaptive and is_new:  # one that was used again is like any other
                 self._halves[self._node(slot) + _TAIL] = 1
-                ends_prompt = False
+            ends_prompt = False  # for those above it
             self.link_locked(slot)
         if gaps and self.is_adaptive:
             self._learn_locked(gaps)
@@ -1177,7 +1178,8 @@ class EvictionManager:
             return 0
         place = 3 * found[::3].index(digest)
         at += place
-        _, sequence, count = found[place : place + 3]
+        sequence: int = found[place + 1]
+        count: int = found[place + 2]
         ghosts[at] = 0
         if not count:
             self._learn_locked([max(self._words[_CLOCK] - sequence, 1)])
@@ -1226,7 +1228,7 @@ class EvictionManager:
     def _heads_locked(self) -> list[tuple[int, int]]:
         """(node, bucket) of the first of each bucket."""
         halves = self._halves
-        heads = []
+        heads: list[tuple[int, int]] = []
         bucket = halves[_RING + _HIGHER]
         while bucket != _RING and len(heads) < len(REUSE_BONUS):
             heads.append((halves[bucket + _FIRST], bucket))

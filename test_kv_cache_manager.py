@@ -2526,6 +2526,14 @@ class TestAdaptive:
             assert next(iter(pool)) == "other"
             assert_sound(pool)
 
+    def test_the_end_of_a_prompt_that_is_asked_again_is_like_any_other(self) -> None:
+        """Whole prompts that come back; were their last blocks thrown out first each time, one block in five would miss."""
+        chance = random.Random(4)
+        prompts = [list(range(5 * i, 5 * i + 5)) for i in range(400)]
+        requests = [prompts[min(int(chance.paretovariate(0.7)) - 1, 399)] for _ in range(3000)]
+        for capacity in (100, 400, 1000):
+            assert kv.replay(requests, "adaptive", capacity)[1] >= kv.replay(requests, "lru", capacity)[1]
+
     def test_of_two_sizes_the_one_that_frees_more_goes_first(self) -> None:
         with make_pool(64, eviction_policy="adaptive") as pool:
             pool.put("small", b"x")
