@@ -873,12 +873,12 @@ class EvictionManager:
     follow "An O(1) algorithm for implementing the LFU cache eviction scheme" (Shah, Mitra, Matani, 2010).
 
     ADAPTIVE has a bucket each for entries put but not used since, used once, twice, and more often, and one for those
-    that end a prompt and were not used before. An entry is worth its last use plus a bonus for its bucket: `REUSE_BONUS`
-    times G, the typical gap between the first and second use of an entry, which is the exponential of a running mean of
-    the gaps' logarithms. Time is counted in blocks touched. The victim is the cheapest of the bucket's heads, and of heads
-    of several sizes the one that frees most: the distance to the greatest possible worth counts once for every block.
-    Ghosts remember the uses of entries evicted lately, so that one that comes back is not taken for new, and G learns
-    from its gap.
+    that end a prompt and were not used before. An entry is worth its last use plus a bonus for its bucket:
+    `REUSE_BONUS` times G, the typical gap between the first and second use of an entry, which is the exponential of a
+    running mean of the gaps' logarithms. Time is counted in blocks touched. The victim is the cheapest of the
+    bucket's heads, and of heads of several sizes the one that frees most: the distance to the greatest possible worth
+    counts once for every block. Ghosts remember the uses of entries evicted lately, so that one that comes back is
+    not taken for new, and G learns from its gap.
     With weights, the same heads are compared by a weighted sum of three numbers from 0 to 1 instead: how long unused,
     beside the longest; how seldom used, of three times; how large, beside the largest.
 
