@@ -131,7 +131,7 @@ MOVE_SLOT, MOVE_FROM, MOVE_TO, MOVE_DONE = 77, 78, 79, 80  # journal of the bloc
 BOOT_ID = 81  # which boot of the machine wrote last (nvme pools outlive boots)
 TOP_SESSION = 82  # sessions from this number on were never used
 RECORDED = 83  # accesses recorded so far
-POLICY = 84  # 0: as in the config; else twice (1 + the place of the policy in EvictionPolicy), + 1 while being changed
+POLICY = 84  # 0: as in the config; else 1 + the place of the policy in EvictionPolicy
 
 MAX_SESSIONS = 128
 SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
@@ -377,6 +377,12 @@ def check_path(path: str | os.PathLike[str], what: str = "path") -> str:
     except UnicodeEncodeError:
         pass
     raise InvalidArgumentError(f"{what} {_show(path)} must be a str or os.PathLike that a file can have")
+
+
+def check_keys(keys: Sequence[str]) -> None:
+    """InvalidArgumentError unless this is a sequence, and not one of letters."""
+    if isinstance(keys, (str, bytes)) or not isinstance(keys, Sequence):
+        raise InvalidArgumentError(f"keys {_show(keys)} must be a list of str")
 
 
 def encode_key(key: str) -> bytes:
@@ -880,7 +886,7 @@ class EvictionManager:
     counts once for every block. Ghosts remember the uses of entries evicted lately, so that one that comes back is
     not taken for new, and G learns from its gap.
     With weights, the same heads are compared by a weighted sum of three numbers from 0 to 1 instead: how long unused,
-    beside the longest; how seldom used, of three times; how large, beside the largest.
+    age / (age + capacity); how seldom used, of three times; how large, 1 - 1 / blocks.
 
     The numbers of a node (sequence, count, priority) are the truth; links and buckets are derived and rebuilt from
     them. Inside a pool the buffer is a slice of the segment, entries are known by slot and the pool does the locking.
@@ -945,6 +951,9 @@ class EvictionManager:
 
     def add(self, entry: CacheEntry) -> None:
         """Track an entry as the most recently used one; one of the same key is replaced."""
+        if not isinstance(entry, CacheEntry):
+            raise InvalidArgumentError(f"entry is a {type(entry).__name__}, it must be a CacheEntry")
+        check_int("size", entry.size, 0)
         count, priority = (
             check_int("access_count", entry.access_count, 0),
             check_int("priority", entry.priority, I64_MIN),
@@ -970,6 +979,7 @@ class EvictionManager:
 
     def touch(self, keys: Sequence[str], ends_prompt: bool = False) -> None:
         """Count a use of each entry of a path, root first, as `KVCachePool.touch` does; unknown keys are ignored."""
+        check_keys(keys)
         with self._lock:
             path = [self._slot_of[key] for key in dict.fromkeys(keys) if key in self._slot_of]
             self.touch_path_locked(path, ends_prompt=ends_prompt)
@@ -1202,15 +1212,15 @@ class EvictionManager:
     def _cheapest_locked(self) -> Iterator[int]:
         """Slots by worth, of which only the heads of the buckets are compared."""
         halves, words, blocks_of, nodes = self._halves, self._words, self._blocks_of, self._nodes
-        weights = words[_WEIGHTS] and self.weights_locked()
-        weigh = self._weigh_locked(**weights) if weights else None
+        by_name = words[_WEIGHTS] and self.weights_locked()
+        weights = list(by_name.values()) if by_name else None
         clock, gap = words[_CLOCK], math.exp(self._mean_locked())
         heads: list[tuple[float, int, int]] = []  # how much it should go, node, bucket
         fresh = self._heads_locked()
         for _ in range(self.num_slots):
             for node, bucket in fresh:
-                if weigh:
-                    waste = weigh(node)
+                if weights:
+                    waste = self._weigh_locked(node, weights)
                 else:  # how far below the greatest possible worth, once for every block
                     waste = clock - words[(node >> 1) + _SEQUENCE] + REUSE_LACK[words[(bucket >> 1) + _KEY]] * gap
                     waste *= blocks_of((node - nodes) // _NODE_HALVES)
@@ -1236,22 +1246,14 @@ class EvictionManager:
             bucket = halves[bucket + _HIGHER]
         return heads
 
-    def _weigh_locked(
-        self, recency_weight: float, frequency_weight: float, size_weight: float
-    ) -> Callable[[int], float]:
-        """How much a node should go by the weights; scaled by the heads of now."""
-        words, blocks_of, nodes = self._words, self._blocks_of, self._nodes
-        clock, heads = words[_CLOCK], self._heads_locked()
-        oldest = max((clock - words[(node >> 1) + _SEQUENCE] for node, _ in heads), default=0) or 1
-        largest = max((blocks_of((node - nodes) // _NODE_HALVES) for node, _ in heads), default=1)
-
-        def waste(node: int) -> float:
-            age = (clock - words[(node >> 1) + _SEQUENCE]) / oldest
-            seldom = 1 - min(words[(node >> 1) + _COUNT], 3) / 3
-            size = blocks_of((node - nodes) // _NODE_HALVES) / largest
-            return recency_weight * age + frequency_weight * seldom + size_weight * size
-
-        return waste
+    def _weigh_locked(self, node: int, weights: Sequence[float]) -> float:
+        """How much a node should go by the weights. Nothing in it depends on the others, nor would the order then."""
+        words = self._words
+        recency, frequency, size = weights
+        age = words[_CLOCK] - words[(node >> 1) + _SEQUENCE]
+        uses = min(words[(node >> 1) + _COUNT], 3)
+        num_blocks = self._blocks_of((node - self._nodes) // _NODE_HALVES) or 1
+        return recency * age / (age + self._capacity) + frequency * (1 - uses / 3) + size * (1 - 1 / num_blocks)
 
     # --- walking, rebuilding, checking -------------------------------------------------------------------------------
 
@@ -1457,8 +1459,8 @@ class SegmentHeader(NamedTuple):
 def _policy_now(config: CachePoolConfig, word: int) -> EvictionPolicy:
     """The policy of a pool, by the header word POLICY."""
     policies = list(EvictionPolicy)
-    if 2 <= word < 2 * len(policies) + 2:
-        return policies[word // 2 - 1]
+    if 1 <= word <= len(policies):
+        return policies[word - 1]
     return EvictionPolicy(config.eviction_policy)
 
 
@@ -2669,8 +2671,8 @@ class KVCachePool:
 
     def _start(self, segment: Segment) -> None:
         self._segment: Segment | None = segment
-        self.config = segment.header.config
-        self.name = self.config.name
+        self._config = segment.header.config
+        self.name = self._config.name
         self.store_path = segment.header.store_path
         self._geometry = geometry = segment.header.geometry
         self._path = segment.path
@@ -2703,12 +2705,12 @@ class KVCachePool:
             segment.words[ALLOCATED : ALLOCATED + BITMAP_COUNTERS],
         )
         self._order = EvictionManager(
-            EvictionPolicy(self.config.eviction_policy),
+            EvictionPolicy(self._config.eviction_policy),
             segment.buffer[geometry.order_offset : geometry.records_offset],
             geometry.num_slots,
             geometry.num_blocks,
             self._table.blocks_of,
-            segment.map_ghosts() if self.config.eviction_policy == EvictionPolicy.ADAPTIVE.value else None,
+            segment.map_ghosts() if self._config.eviction_policy == EvictionPolicy.ADAPTIVE.value else None,
         )
         _open_pools.add(self)
         try:
@@ -2746,6 +2748,13 @@ class KVCachePool:
         """Delete the pool, closed or not; other handles keep what they see until they are closed."""
         self._remove_name(wait=True)
 
+    @property
+    def config(self) -> CachePoolConfig:
+        """How the pool was made, with the policy that it has now."""
+        if not (self._segment is None or self._closing or self._is_locked) and self._words[POLICY] != self._policy:
+            self._join()
+        return self._config
+
     def __enter__(self) -> KVCachePool:
         self._check_open()
         return self
@@ -2766,7 +2775,7 @@ class KVCachePool:
         return KVCachePool.attach, (self.name, self.store_path)
 
     def __repr__(self) -> str:
-        state = "closed" if self._segment is None else self.config.eviction_policy
+        state = "closed" if self._segment is None else self._config.eviction_policy
         return f"<KVCachePool {self.name!r} {format_size(self._geometry.size_bytes)} {state}>"
 
     def _check_open(self) -> None:
@@ -2875,20 +2884,10 @@ class KVCachePool:
         """Go by the policy that the header names, which `set_eviction_policy` has changed, here or elsewhere."""
         words, order = self._words, self._order
         assert self._segment is not None
-        policy = _policy_now(self.config, words[POLICY])
+        policy = _policy_now(self._config, words[POLICY])
         ghosts = self._segment.map_ghosts() if policy is EvictionPolicy.ADAPTIVE else None
         order.use_policy_locked(policy, ghosts)
-        if words[POLICY] & 1:  # into or out of fifo: the other one of an entry's two times counts now
-            time_of = W_CREATED if policy is EvictionPolicy.FIFO else W_ACCESSED
-            table = self._table
-            found = [
-                (table.floats[(table.record(slot) >> 1) + time_of], *order.numbers_locked(slot), slot)
-                for slot in table.slots(COMPLETE)
-            ]
-            for _, _, count, priority, slot in sorted(found):
-                order.stamp_locked(slot, count, priority)
-            words[POLICY] &= ~1
-        self.config = replace(self.config, eviction_policy=policy.value)
+        self._config = replace(self._config, eviction_policy=policy.value)
         self._policy = words[POLICY]
 
     def _tidy_locked(self) -> None:
@@ -3722,6 +3721,7 @@ class KVCachePool:
         Under every policy the deepest goes first when room is needed, and a parent never before its child.
         `ends_prompt` tells ADAPTIVE that the last one holds the end of a prompt, which is seldom used again.
         """
+        check_keys(keys)
         path = self._path_locked([encode_key(key) for key in keys])
         return len(self._touch_path_locked(path, (), ends_prompt and len(path) == len(keys)))
 
@@ -3734,6 +3734,7 @@ class KVCachePool:
     @_locked
     def count_path(self, keys: Sequence[str]) -> int:
         """How many of these keys are there before the first that is missing; changes nothing."""
+        check_keys(keys)
         return len(self._path_locked([encode_key(key) for key in keys]))
 
     def _path_locked(self, keys: Iterable[bytes]) -> list[int]:
@@ -3928,9 +3929,9 @@ class KVCachePool:
             "free_blocks": free,
             "utilization_percent": 100 * allocated / total,
             "entry_count": words[NUM_ENTRIES],
-            "policy": self.config.eviction_policy,
+            "policy": self._config.eviction_policy,
             "adaptive_weights": self._order.weights_locked() if self._order.is_adaptive else None,
-            "tier": self.config.tier,
+            "tier": self._config.tier,
             "max_entries": geometry.max_entries,
             "hits": hits,
             "misses": misses,
@@ -3948,24 +3949,27 @@ class KVCachePool:
     def set_eviction_policy(self, policy: EvictionPolicy | str) -> None:
         """Go by another policy from now on, in every process that has the pool open; no entry is lost.
 
-        The order is made from what is known of the entries: last use, use count, priority, time of creation.
-        InvalidArgumentError for a policy that is none; StorageError, and nothing changes, if there is no room for the
-        ghosts of adaptive, 384 bytes a slot. Holds the lock: about 11 us an entry.
+        The order is made from the entries' last use, use count and priority; under fifo, what is there keeps the order
+        of last use, so that no prefix loses its head before its tail. "adaptive:0.4/0.3/0.3" sets the weights of
+        `configure_adaptive`; any call without weights undoes them. InvalidArgumentError for a policy that is none;
+        StorageError, and nothing changes, if there is no room for the ghosts of adaptive, 384 bytes a slot. Holds the
+        lock: about 11 us an entry.
         """
-        self._set_policy(as_policy(policy))
+        policy, weights = (policy, None) if isinstance(policy, EvictionPolicy) else split_policy(policy)
+        self._set_policy(policy, pack_weights(weights))
 
     @_locked
-    def _set_policy(self, policy: EvictionPolicy) -> None:
+    def _set_policy(self, policy: EvictionPolicy, packed_weights: int) -> None:
         assert self._segment is not None
-        before = self._order.policy
-        if policy is before:
-            return
         if policy is EvictionPolicy.ADAPTIVE:
             self._segment.map_ghosts()
+        self._order.configure_locked(packed_weights)
+        if policy is self._order.policy:
+            return
         words = self._words
         words[DIRTY] = 1
         self._order.forget_ends_locked(self._table.slots(COMPLETE))
-        words[POLICY] = 2 * (1 + list(EvictionPolicy).index(policy)) + (EvictionPolicy.FIFO in (policy, before))
+        words[POLICY] = 1 + list(EvictionPolicy).index(policy)
         self._follow_policy_locked()
         self._rebuild_locked()
 
@@ -4042,7 +4046,7 @@ class KVCachePool:
     @property
     def default_snapshot_path(self) -> str:
         """Where `persist` writes when it is given no path."""
-        return self.config.persist_path or os.path.join(self.store_path, self.name + SNAPSHOT_SUFFIX)
+        return self._config.persist_path or os.path.join(self.store_path, self.name + SNAPSHOT_SUFFIX)
 
     def persist(self, path: str | os.PathLike[str] | None = None, progress: Progress | None = None) -> bool:
         """Write all entries to a safetensors file, which is replaced whole or not at all; True when it is on the disk.
@@ -4057,7 +4061,7 @@ class KVCachePool:
         parent = os.path.dirname(os.path.abspath(path))
         with _os_errors(f"make the directory {parent}"):
             os.makedirs(parent, exist_ok=True)
-        return write_snapshot(path, self.config, self._describe_all(), self._peek, progress)
+        return write_snapshot(path, self._config, self._describe_all(), self._peek, progress)
 
     @contextlib.contextmanager
     def _peek(self, key: str) -> Iterator[tuple[CacheEntry, memoryview] | None]:
@@ -4097,9 +4101,23 @@ class KVCachePool:
         policy = self._order.policy
         if snapshot.config is not None and snapshot.config.eviction_policy == policy.value:
             return items  # in that order already
-        recency = operator.attrgetter("created_at" if policy is EvictionPolicy.FIFO else "last_accessed")
         rank = POLICY_KEY[policy]
-        return sorted(items, key=lambda i: (rank(i.entry.access_count, i.entry.priority), recency(i.entry)))
+        return sorted(items, key=lambda i: (rank(i.entry.access_count, i.entry.priority), i.entry.last_accessed))
+
+    def _that_fit(self, items: list[SnapshotEntry]) -> list[SnapshotEntry]:
+        """Of these, first victim first, what an empty pool would keep in the end."""
+        geometry = self._geometry
+        room = geometry.num_blocks
+        kept: list[SnapshotEntry] = []
+        for item in reversed(items):
+            num_blocks = geometry.blocks_for(item.entry.size)
+            if num_blocks > geometry.num_blocks:
+                continue
+            room -= num_blocks
+            if room < 0 or len(kept) == geometry.max_entries:
+                break
+            kept.append(item)
+        return kept[::-1]
 
     def _take(self, snapshot: Snapshot, item: SnapshotEntry) -> bool:
         """Store one value of a snapshot."""
@@ -4271,10 +4289,14 @@ def restore_snapshot(
                     pool = KVCachePool._open(store_path, config.name, config, **how)
                     made = True
         try:
-            if not made and not salvage:  # a pool of our own is verified as it is filled, and goes away if need be
+            items = pool._restore_order(snapshot, intact)
+            if made:
+                items = pool._that_fit(items)
+            # A pool of our own is verified as it is filled, and goes away if need be.
+            if not salvage and not (made and len(items) == len(intact)):
                 snapshot.verify(progress=progress)
-            stored, done, total = [], 0, sum(item.entry.size for item in intact)
-            for item in pool._restore_order(snapshot, intact):
+            stored, done, total = [], 0, sum(item.entry.size for item in items)
+            for item in items:
                 if pool._take(snapshot, item):
                     stored.append(item.entry.key)
                 done += item.entry.size
@@ -4457,7 +4479,7 @@ class PrefixCache:
 
     def lookup(self, hashes: Sequence[str]) -> tuple[list[Any], int]:
         """(copies of the blocks of the leading run that is there, how many tokens they cover)."""
-        _check_hashes(hashes)
+        check_keys(hashes)
         with self._open(hashes) as opened:
             blocks = [_copy_block(view, entry) for view, entry in opened]
         self._count(tokens_requested=len(hashes) * self.block_size, tokens_hit=len(blocks) * self.block_size)
@@ -4469,7 +4491,7 @@ class PrefixCache:
         A block is bytes, a numpy array, a torch tensor, or a dict, list, str or number, which comes back as from JSON.
         Stops at the first that does not fit.
         """
-        _check_hashes(hashes)
+        check_keys(hashes)
         if len(hashes) != len(blocks):
             raise InvalidArgumentError(f"{len(hashes)} hashes and {len(blocks)} blocks must be as many")
         parts = [_block_parts(block) for block in blocks]
@@ -4635,11 +4657,6 @@ class PrefixCache:
         with self._lock:
             for name, change in changes.items():
                 self._counts[name] += change
-
-
-def _check_hashes(hashes: Any) -> None:
-    if isinstance(hashes, str) or not isinstance(hashes, Sequence):
-        raise InvalidArgumentError(f"hashes {_show(hashes)} must be a list, as `compute_block_hashes` returns")
 
 
 def _is_batch(tokens: Any) -> bool:
@@ -4843,6 +4860,7 @@ def _prune_segment(path: str) -> bool:
 # Replay
 # ======================================================================================================================
 
+MAX_REQUEST = 1 << 20  # blocks; 16 million tokens of 16 a block
 OPTIMUM = "optimum"  # Belady's, which knows the future: a bound, not a policy
 
 
@@ -4857,6 +4875,8 @@ def read_trace(path: str | os.PathLike[str]) -> list[list[int]]:
     requests: list[list[int]] = []
     name = check_path(path)
     for number, line in _numbered_lines(name):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             if isinstance(row, dict):
@@ -4870,6 +4890,7 @@ def read_trace(path: str | os.PathLike[str]) -> list[list[int]]:
                     blocks.append(block)
                     block = parents[block]
                 blocks.reverse()
+                check_int("number of blocks of a request", len(blocks) + num_new, 0, MAX_REQUEST)
                 for _ in range(num_new):
                     blocks.append(len(parents))
                     parents.append(parent)
@@ -4891,7 +4912,11 @@ def _numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def replay(
-    requests: Iterable[Sequence[int]], policy: str, capacity: int, blocks: Mapping[int, int] | None = None
+    requests: Iterable[Sequence[int]],
+    policy: str,
+    capacity: int,
+    blocks: Mapping[int, int] | None = None,
+    as_pool: bool = False,
 ) -> tuple[int, int]:
     """(hits, usable hits) in block accesses, of a cache for `capacity` blocks, empty at first, that serves requests.
 
@@ -4899,6 +4924,9 @@ def replay(
     block queued first; then victims go until the rest fits. The order is that of an `EvictionManager`, as in a pool.
     `policy` may be "optimum" (Belady's) or have weights, "adaptive:0.4/0.3/0.3" for recency, frequency and size. What
     a request names takes one block, or as many as `blocks` says; then the optimum is not one, only good.
+
+    On a trace, what a request has just stored may be the first to go. `as_pool`, for recordings: it stays as long as it
+    can, as in a pool, and a request of one block is a `get`, which fifo does not count.
     """
     capacity = check_int("capacity", capacity, 1)
     requests = list(requests)
@@ -4929,13 +4957,22 @@ def replay(
                 usable += 1
             path.append(slot)
         hits += len(path) - len(new)
-        order.touch_path_locked(path, new, ends_prompt=True)
+        if as_pool and len(path) == 1:
+            if not new:
+                order.touch_locked(slot)
+        else:
+            order.touch_path_locked(path, new, ends_prompt=True)
         victims: list[int] = []
+        kept = set(path) if as_pool else set()
         for slot in order.victims_locked() if used > capacity else ():
-            victims.append(slot)
-            used -= blocks.get(block_of[slot], 1)
-            if used <= capacity:
-                break
+            if slot not in kept:
+                victims.append(slot)
+                used -= blocks.get(block_of[slot], 1)
+                if used <= capacity:
+                    break
+        while used > capacity:
+            victims.append(path.pop())
+            used -= blocks.get(block_of[victims[-1]], 1)
         for slot in victims:
             order.remember_locked(slot, b"%d" % block_of[slot])
             order.unlink_locked(slot)
@@ -5002,7 +5039,8 @@ def _out(text: str) -> None:
 
 def _say(text: str) -> None:
     """A message, to stderr."""
-    sys.stderr.write(text + "\n")
+    with contextlib.suppress(OSError):  # nobody can hear it; what was done is done
+        sys.stderr.write(text + "\n")
 
 
 def _print_table(rows: list[list[str]]) -> None:
@@ -5093,11 +5131,13 @@ class KVCacheCLI:
         blocks = (
             f"{stats['allocated_blocks']} of {stats['total_blocks']} in use, {format_size(stats['block_size'])} each"
         )
+        weights = stats["adaptive_weights"]
         free_run = format_size(stats["largest_free_run"] * stats["block_size"])
         return {
             "name": stats["name"],
             "tier": stats["tier"],
-            "policy": stats["policy"],
+            "policy": stats["policy"]
+            + (f", weights {'/'.join(f'{w:g}' for w in weights.values())}" if weights else ""),
             "size": f"{format_size(stats['size_bytes'])}, {format_size(stats['data_size_bytes'])} for data",
             "blocks": blocks,
             "used": f"{stats['utilization_percent']:.1f}%",
@@ -5223,11 +5263,8 @@ class KVCacheCLI:
 
     def configure(self, args: argparse.Namespace) -> int:
         """go by another eviction policy from now on"""
-        policy, weights = split_policy(args.policy)
         with self._open(args.name) as pool:
-            pool.set_eviction_policy(policy)
-            if policy is EvictionPolicy.ADAPTIVE:
-                pool.configure_adaptive(weights)
+            pool.set_eviction_policy(args.policy)
         _say(f"{args.name} goes by {args.policy} now")
         return EXIT_DONE
 
@@ -5269,10 +5306,12 @@ class KVCacheCLI:
     def replay(self, args: argparse.Namespace) -> int:
         """hit ratios that policies and sizes would have on a trace of requests, or on what a pool has recorded"""
         blocks: dict[int, int] = {}
+        as_pool = False
         wanted = "1%,5%,10%,20%,40%" if args.sizes is None else args.sizes
         if os.path.exists(args.trace) or not _NAME.fullmatch(args.trace):
             requests = read_trace(args.trace)
         else:
+            as_pool = True
             with self._open(args.trace) as pool:
                 requests, blocks, hit_rate = pool.recorded_requests()
                 config, num_blocks = pool.config, pool.get_stats()["total_blocks"]
@@ -5286,15 +5325,18 @@ class KVCacheCLI:
         if not accesses:
             raise CorruptionError(f"{args.trace} holds no block accesses")
         sizes = {text: _share_of(text, unique) for text in wanted.split(",")}
-        policies = args.policies.split(",")
+        policies = list(dict.fromkeys(args.policies.split(",")))
         for policy in policies:
             if policy != OPTIMUM:
-                split_policy(policy)  # a wrong one is an error now, not after all the others
+                try:  # a wrong one is an error now, not after all the others
+                    split_policy(policy)
+                except InvalidArgumentError as error:
+                    raise InvalidArgumentError(f"{error}; or {OPTIMUM}") from None
         line = _ProgressLine("replaying")
         rows: list[dict[str, Any]] = []
         for policy in policies:
             for text, capacity in sizes.items():
-                hits, usable = replay(requests, policy, capacity, blocks)
+                hits, usable = replay(requests, policy, capacity, blocks, as_pool)
                 rows.append({"policy": policy, "size": text, "blocks": capacity})
                 rows[-1] |= {"hit_rate": hits / accesses, "usable_hit_rate": usable / accesses}
                 line(len(rows), len(sizes) * len(policies))
@@ -5601,9 +5643,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _fill_standard_streams() -> None:
+    """Open what the shell has closed (`>&-`): else a pool's own file would become standard output, or errors."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.fstat(number)
+                continue
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run `cortex cache ...`; returns the exit code: 0 done, 1 failed, 2 usage, 130 Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    _fill_standard_streams()
     if arguments[:1] == ["cache"]:
         arguments = arguments[1:]
     for stream in (sys.stdout, sys.stderr):
