@@ -4101,8 +4101,14 @@ class KVCachePool:
         policy = self._order.policy
         if snapshot.config is not None and snapshot.config.eviction_policy == policy.value:
             return items  # in that order already
-        rank = POLICY_KEY[policy]
-        return sorted(items, key=lambda i: (rank(i.entry.access_count, i.entry.priority), i.entry.last_accessed))
+        rank, is_fifo = POLICY_KEY[policy], policy is EvictionPolicy.FIFO
+
+        def turn(item: SnapshotEntry) -> tuple[int, float, int]:
+            entry = item.entry
+            recency = entry.created_at if is_fifo else entry.last_accessed
+            return rank(entry.access_count, entry.priority), recency, -entry.sequence_length  # deep in a path, soon
+
+        return sorted(items, key=turn)
 
     def _that_fit(self, items: list[SnapshotEntry]) -> list[SnapshotEntry]:
         """Of these, first victim first, what an empty pool would keep in the end."""

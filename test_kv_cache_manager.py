@@ -2665,6 +2665,8 @@ class TestSetPolicy:
                 pool.persist(tmp_path / "s")
                 pool.evict(20)
                 assert cache.match(range(10)) == 8
+            if by_way_of is EvictionPolicy.FIFO:
+                continue  # by the time of creation
             with KVCachePool.restore(tmp_path / "s", eviction_policy=by_way_of.value) as pool:
                 pool.evict(20)
                 assert kv.PrefixCache(pool, namespace="m", block_size=1).match(range(10)) == 8
