@@ -810,7 +810,7 @@ POLICY_KEY: dict[EvictionPolicy, Callable[[int, int], int]] = {
     EvictionPolicy.LFU: lambda count, priority: count,
     EvictionPolicy.FIFO: lambda count, priority: 0,
     EvictionPolicy.PRIORITY: lambda count, priority: priority,
-    EvictionPolicy.ADAPTIVE: lambda count, priority: min(count, 3) + 1,  # 0 for what ends a prompt
+    EvictionPolicy.ADAPTIVE: lambda count, priority: count + 1 if count < 3 else 4,  # 0 for what ends a prompt
 }
 REUSE_BONUS = (-8.0, 0.0, 1.0, 1.5, 2.0)  # by the keys of ADAPTIVE: what a use more is worth, in typical reuse gaps
 REUSE_LACK = tuple(REUSE_BONUS[-1] - bonus for bonus in REUSE_BONUS)
@@ -839,9 +839,9 @@ def pack_weights(weights: Mapping[str, float] | None) -> int:
     return shares[0] | shares[1] << _WEIGHT_BITS | shares[2] << 2 * _WEIGHT_BITS
 
 
-def split_policy(text: str) -> tuple[EvictionPolicy, dict[str, float] | None]:
-    """A policy and its weights from "lru" or "adaptive:0.4/0.3/0.3" (recency, frequency, size)."""
-    name, colon, numbers = text.partition(":")
+def split_policy(text: EvictionPolicy | str) -> tuple[EvictionPolicy, dict[str, float] | None]:
+    """A policy and its weights from one, or from "lru" or "adaptive:0.4/0.3/0.3" (recency, frequency, size)."""
+    name, colon, numbers = text.partition(":") if isinstance(text, str) else (text, "", "")
     policy = as_policy(name)
     if not colon:
         return policy, None
@@ -1285,11 +1285,8 @@ class EvictionManager:
         return self._key_locked(node), self._words[(node >> 1) + _SEQUENCE]
 
     def _key_locked(self, node: int) -> int:
-        if self.is_adaptive:
-            if self._halves[node + _TAIL]:
-                return 0
-            count = self._words[(node >> 1) + _COUNT]
-            return count + 1 if count < 3 else 4
+        if self.is_adaptive and self._halves[node + _TAIL]:
+            return 0
         return self._key_of(self._words[(node >> 1) + _COUNT], self._words[(node >> 1) + _PRIORITY])
 
     def rebuild_locked(self, slots: Iterable[int]) -> None:
@@ -3955,7 +3952,7 @@ class KVCachePool:
         StorageError, and nothing changes, if there is no room for the ghosts of adaptive, 384 bytes a slot. Holds the
         lock: about 11 us an entry.
         """
-        policy, weights = (policy, None) if isinstance(policy, EvictionPolicy) else split_policy(policy)
+        policy, weights = split_policy(policy)
         self._set_policy(policy, pack_weights(weights))
 
     @_locked

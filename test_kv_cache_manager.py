@@ -2749,6 +2749,9 @@ class TestSetPolicy:
         with make_pool(8) as pool:
             with pytest.raises(kv.InvalidArgumentError, match="policy 'best' must be one of lru, lfu"):
                 pool.set_eviction_policy("best")
+            for policy in (None, 3, ["lru"]):
+                with pytest.raises(kv.InvalidArgumentError, match="must be one of lru, lfu"):
+                    pool.set_eviction_policy(policy)
             with pytest.raises(
                 kv.InvalidArgumentError, match=r"has policy lru: call set_eviction_policy\('adaptive'\) first"
             ):
