@@ -15,8 +15,9 @@ Byte offsets; every section starts where the one before ends, rounded up as note
     4096              ceil(num_blocks / 8),         bitmap: 1 bit a block, 1 = in use
                       rounded up to 4096
     data_offset       num_blocks * block_size       data region: the values
-    index_offset      2 * 128 * 8                   session table: the pid of each open handle, 0 = free; then for each
-                                                    the slot that its view or copy under way reads, 0 = none
+    index_offset      3 * 128 * 8                   session table: the pid of each open handle, 0 = free; then for each
+                                                    the slot that its view or copy under way reads, 0 = none; then
+                                                    for each the misses that it has counted
     (rounded up to 8) 2 * num_slots * 4             heads of the key chains, heads of the prefix chains
                       64 * num_slots + 128          eviction order: a 40-byte node a slot, a 24-byte bucket a slot
                       440 * (num_slots + 1)         entry table: one record a slot; slot 0 is never used
@@ -41,8 +42,11 @@ Who locks what
 --------------
 * The lock of a pool is `flock` on the segment's own file, plus a thread lock in each process. All metadata is read and
   written under it. Values of up to 64 KiB are copied under it too; larger ones outside, protected by a WRITING record
-  or a pin. One thing is done without it: a session clears its own word of the session table, to let go of what it
+  or a pin. Two things are done without it. A session clears its own word of the session table, to let go of what it
   has read. That saves a view half of its cost; a second one at the same time takes a bit in the record, and the lock.
+  And a key is looked up: who changes key chains sets DIRTY and counts CHANGES up before, so a walk that found the one
+  clear and the other the same at its start and at its end has seen chains at rest. That halves what a miss costs, and
+  lets misses of all processes pass at once.
 * A session (one open handle) holds an open-file-description lock on a byte of its own, far behind the end of the file.
   The kernel drops it when the process dies: that is how pins and WRITING records of the dead are told from those of
   the living. A second byte, locked shared by every handle, tells whether anybody has the pool open.
@@ -132,6 +136,7 @@ BOOT_ID = 81  # which boot of the machine wrote last (nvme pools outlive boots)
 TOP_SESSION = 82  # sessions from this number on were never used
 RECORDED = 83  # accesses recorded so far
 POLICY = 84  # 0: as in the config; else 1 + the place of the policy in EvictionPolicy
+CHANGES = 85  # how often key chains were changed
 
 MAX_SESSIONS = 128
 SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
@@ -156,6 +161,7 @@ FREE, WRITING, COMPLETE, CONDEMNED = range(4)
 COPY_UNDER_LOCK = 64 << 10  # bytes; a larger value is copied outside the lock
 COPY_CHUNK = 1 << 20
 BESIDE = 256 << 10  # bytes; checksums of smaller values are not worth another thread
+LOADS_IN_ORDER = os.uname().machine in ("x86_64", "i686")  # as looking up without the lock needs it
 SPINS = 100  # tries of 1 to 2 us each to get a lock before falling asleep over it
 FAULT_AROUND = 64 << 10  # bytes; a read fault maps all pages of such a window, a write fault just one page
 PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits for room before it fails
@@ -527,7 +533,7 @@ class Geometry(NamedTuple):
 
     @property
     def heads_offset(self) -> int:
-        return self.index_offset + 16 * MAX_SESSIONS
+        return self.index_offset + 24 * MAX_SESSIONS
 
     @property
     def order_offset(self) -> int:
@@ -779,6 +785,9 @@ class BitmapAllocator:
 
     def _mark(self, start: int, num_blocks: int, in_use: bool) -> None:
         low, end = start >> 3, (start + num_blocks + 7) >> 3
+        if not (start | num_blocks) & 7:  # as values of one size, a power of two, have it
+            self._bits[low:end] = (b"\xff" if in_use else b"\0") * (end - low)
+            return
         mask = ((1 << num_blocks) - 1) << (start & 7)
         bits = int.from_bytes(self._bits[low:end], "little")
         self._bits[low:end] = (bits | mask if in_use else bits & ~mask).to_bytes(end - low, "little")
@@ -1611,8 +1620,12 @@ class Segment:
         )
 
     def forget_session_locked(self, session: int) -> None:
-        """Clear a session that nothing refers to any more."""
-        self.words[self.header.geometry.index_offset // 8 + session] = 0
+        """Clear a session that nothing refers to any more; its misses stay counted."""
+        pid = self.header.geometry.index_offset // 8 + session
+        own = pid + 2 * MAX_SESSIONS
+        misses, self.words[own] = self.words[own], 0
+        self.words[MISSES] = (self.words[MISSES] + misses) & I64_MAX
+        self.words[pid] = 0
 
     def reopen_after_fork(self) -> None:
         """In a forked child: get locks of our own, and let go of the parent's."""
@@ -1678,6 +1691,7 @@ class EntryTable:
         self._every_slot = range(self.num_slots)  # links that go in a circle must not hang anybody
         self._geometry = geometry
         self._reads = geometry.index_offset // 8 + MAX_SESSIONS
+        self._misses = self._reads + MAX_SESSIONS
         self._data_offset, self._block_size = geometry.data_offset, geometry.block_size
         self._records = geometry.records_offset // 4
         self._key_heads = geometry.heads_offset // 4
@@ -1735,13 +1749,14 @@ class EntryTable:
         self.words[FREE_SLOT] = slot
 
     def link(self, slot: int) -> None:
-        """Enter a record into its chains."""
+        """Enter a record into its chains. DIRTY is set, as it is for `unlink`."""
         halves = self.halves
+        self.words[CHANGES] = self.words[CHANGES] + 1
         record = self.record(slot)
         head = self._key_heads + halves[record + R_KEY_HASH] % self.num_slots
         halves[record + R_KEY_NEXT] = halves[head]
         halves[head] = slot
-        if halves[record + R_LENGTHS] <= 0xFFFF:  # no prefix hash: no chain, which would be one long one
+        if not self.has_prefix(slot):  # no chain, which would be one long one
             return
         head = self._prefix_heads + halves[record + R_PREFIX_HASH] % self.num_slots
         behind = halves[head]
@@ -1754,6 +1769,7 @@ class EntryTable:
     def unlink(self, slot: int) -> None:
         """Take a record out of its chains."""
         halves = self.halves
+        self.words[CHANGES] = self.words[CHANGES] + 1
         record = self.record(slot)
         link = self._key_heads + halves[record + R_KEY_HASH] % self.num_slots
         for _ in self._every_slot:
@@ -1761,7 +1777,7 @@ class EntryTable:
                 break
             link = self.record(halves[link]) + R_KEY_NEXT
         halves[link] = halves[record + R_KEY_NEXT]
-        if halves[record + R_LENGTHS] <= 0xFFFF:
+        if not self.has_prefix(slot):
             return
         before, behind = halves[record + R_PREFIX_PREV], halves[record + R_PREFIX_NEXT]
         if before:
@@ -1807,6 +1823,9 @@ class EntryTable:
         half = self.record(slot) + R_LENGTHS
         return self.halves[half] & 0xFFFF, self.halves[half] >> 16, self.halves[half + 1] & 0xFFFF
 
+    def has_prefix(self, slot: int) -> bool:
+        return bool(self.halves[self._records + slot * HALVES_PER_RECORD + R_LENGTHS] > 0xFFFF)
+
     def extent(self, slot: int) -> tuple[int, int]:
         """(start block, number of blocks)."""
         record = self.record(slot)
@@ -1822,7 +1841,7 @@ class EntryTable:
         return self._data_offset + self.halves[record + R_START] * self._block_size, size
 
     def is_same(self, slot: int, key: bytes, size: int, meta: EntryMeta) -> bool:
-        """Whether a value has this size and metadata, and no session a bit in it."""
+        """Whether a value has this key, size and metadata, and nobody pins it."""
         word = (self._records + slot * HALVES_PER_RECORD) >> 1
         lengths = len(key), len(meta.prefix), len(meta.tensor)
         # From the sequence length on a record tells nothing of the value itself; the two zeros are its pins.
@@ -1830,7 +1849,17 @@ class EntryTable:
         if meta is not NO_META:
             told += meta.prefix + meta.tensor
         tail = 8 * (word + W_SEQUENCE_LENGTH)
-        return self.words[word + W_SIZE] == size and self.memory[tail : tail + len(told)] == told
+        same = self.words[word + W_SIZE] == size and self.memory[tail : tail + len(told)] == told
+        return same and not self._is_read(slot)
+
+    def is_alike(self, slot: int, other: int) -> bool:
+        """The same, with what another record says."""
+        length = RECORD_TAIL.size + sum(self._lengths(slot))
+        word, other_word = self.record(slot) >> 1, self.record(other) >> 1
+        tail, other_tail = 8 * (word + W_SEQUENCE_LENGTH), 8 * (other_word + W_SEQUENCE_LENGTH)
+        same = self.words[word + W_SIZE] == self.words[other_word + W_SIZE]
+        same = same and self.memory[tail : tail + length] == self.memory[other_tail : other_tail + length]
+        return same and not self._is_read(slot)
 
     def swap(self, slot: int, start: int, num_blocks: int) -> None:
         """Give an entry other blocks, in one write: a crash leaves it with the old ones or the new ones."""
@@ -1847,9 +1876,12 @@ class EntryTable:
         """Whether any session pins it."""
         words = self.words
         word = ((self._records + slot * HALVES_PER_RECORD) >> 1) + W_PINS
-        if words[word] or words[word + 1]:
-            return True
-        return slot in words[self._reads : self._reads + min(words[TOP_SESSION], MAX_SESSIONS)].tolist()
+        return bool(words[word] or words[word + 1]) or self._is_read(slot)
+
+    def _is_read(self, slot: int) -> bool:
+        """Whether any session pins it by naming it."""
+        top = min(self.words[TOP_SESSION], MAX_SESSIONS)
+        return slot in self.words[self._reads : self._reads + top].tolist()
 
     def act_for(self, session: int) -> None:
         """Whose pins `pin`, `unpin` and `read` are about: the session of this handle."""
@@ -1870,6 +1902,16 @@ class EntryTable:
     def read(self, slot: int) -> None:
         """Pin a slot by naming it as the one that we read, in place of the one before; 0, which needs no lock: none."""
         self.words[self._reads + self.session] = slot
+
+    def count_miss(self) -> None:
+        """Count a miss in our own word, which needs no lock."""
+        word = self._misses + self.session
+        self.words[word] = self.words[word] + 1
+
+    def misses(self) -> int:
+        """The misses of all sessions, and of those that have ended."""
+        words = self.words
+        return int(words[MISSES] + sum(words[self._misses : self._misses + MAX_SESSIONS].tolist()))
 
     def clear_pin(self, slot: int, session: int) -> None:
         """Clear the pin of another session, which has ended."""
@@ -1917,6 +1959,7 @@ class EntryTable:
     def rebuild(self, entries: Iterable[int], others: Iterable[int]) -> None:
         """Make chains, free list and counters anew: `entries` exist, `others` are busy, the rest is free."""
         halves, words = self.halves, self.words
+        words[CHANGES] += 1
         heads = 4 * self._key_heads
         self.memory[heads : heads + 8 * self.num_slots] = bytes(8 * self.num_slots)
         count = 0
@@ -2496,8 +2539,9 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
 class _ViewRef(weakref.ref):  # type: ignore[type-arg]
     """Tells when the last user of a view has gone."""
 
-    token: int = 0
-    pool: weakref.ref[KVCachePool] | None = None  # set once the pool is closed
+    __slots__ = ("pool", "token")
+    token: int
+    pool: weakref.ref[KVCachePool]  # set once the pool is closed
 
 
 def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview]) -> None:
@@ -2513,15 +2557,17 @@ def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview
 
 def _view_gone_after_close(ref: _ViewRef) -> None:
     """Let go of a closed pool when its last view has gone; not a place to wait for locks, so the way of the dead."""
-    pool = ref.pool() if ref.pool is not None else None
+    pool = ref.pool()
     if pool is not None:
         pool._gone_views.append(ref)
         if not pool._is_locked and {gone.token for gone in pool._gone_views}.issuperset(pool._holds):
             pool.__del__()
 
 
-class _View(contextlib.AbstractContextManager["memoryview | None"]):
+class _View:
     """A pinned read-only view of one value."""
+
+    __slots__ = ("_counts", "_key", "_owner", "_pool", "_view", "token")
 
     def __init__(self, pool: KVCachePool, key: bytes, counts: bool = True) -> None:
         self._pool = pool
@@ -2606,7 +2652,7 @@ class _Entries(Mapping[str, CacheEntry]):
         return entry
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._pool._describe(encode_key(key)) is not None
+        return key in self._pool
 
     def __iter__(self) -> Iterator[str]:
         return iter([entry.key for entry in self._pool._describe_all()])
@@ -2738,8 +2784,9 @@ class KVCachePool:
             for token, ref in list(self._view_refs.items()):
                 owner = ref()
                 if owner is not None:
-                    self._view_refs[token] = last = _ViewRef(owner, _view_gone_after_close)
+                    last = _ViewRef(owner, _view_gone_after_close)
                     last.token, last.pool = token, weakref.ref(self)
+                    self._view_refs[token] = last
 
     def unlink(self) -> None:
         """Delete the pool, closed or not; other handles keep what they see until they are closed."""
@@ -3404,20 +3451,25 @@ class KVCachePool:
         words[DIRTY] = 1
         self._allocator.take_locked(start, num_blocks)
         # Swapping in the blocks spares half of what a new record, and dropping the old one, would cost.
-        if old and table.is_same(old, key, size, meta) and not table.is_pinned(old):
-            extent = table.extent(old)
-            table.swap(old, start, num_blocks)
-            self._allocator.free_locked(*extent)
-            self._order.renew_locked(old)
-            if meta.prefix:  # behind the others with that prefix hash
-                table.unlink(old)
-                table.link(old)
-            words[PUTS] += 1
+        if old and table.is_same(old, key, size, meta):
+            self._swap_locked(old, start, num_blocks)
         else:
             slot = table.claim(key, size, start, num_blocks, table.session, meta)
             self._enter_locked(slot, old, self._uses_locked(key, old), meta.priority)
         words[DIRTY] = 0
         return True
+
+    def _swap_locked(self, slot: int, start: int, num_blocks: int) -> None:
+        """Give an entry that nobody pins a new value, in blocks that are marked already. DIRTY is set."""
+        table, words = self._table, self._words
+        extent = table.extent(slot)
+        table.swap(slot, start, num_blocks)
+        self._allocator.free_locked(*extent)
+        self._order.renew_locked(slot)
+        if table.has_prefix(slot):  # behind the others with that prefix hash
+            table.unlink(slot)
+            table.link(slot)
+        words[PUTS] = words[PUTS] + 1
 
     @_locked
     def _reserve_once(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
@@ -3434,8 +3486,8 @@ class KVCachePool:
         checksum: int = 0,
     ) -> None:
         """Make the value that `token` reserves an entry; `keep_pinned`: the token goes on as a pin."""
-        self._table.halves[self._table.record(self._holds[token]) + R_CHECKSUM] = checksum
         slot = self._commit_locked(token, access_count, times)
+        self._table.halves[self._table.record(slot) + R_CHECKSUM] = checksum
         if keep_pinned:
             self._pin_locked(slot, token)
 
@@ -3451,13 +3503,17 @@ class KVCachePool:
         if not old and words[NUM_ENTRIES] >= self._geometry.max_entries:  # others filled up while we were copying
             victim = next(self._candidates_locked(), 0)
             self._evict_locked([victim] if victim else [])
-        count = access_count
-        if count is None:
-            count = self._uses_locked(key, old)
         words[DIRTY] = 1
-        if times is not None:
-            table.floats[(record >> 1) + W_CREATED], table.floats[(record >> 1) + W_ACCESSED] = times
-        self._enter_locked(slot, old, count, words[(record >> 1) + W_PRIORITY])
+        if old and times is None and table.is_alike(old, slot):
+            table.halves[record] = FREE  # first: two records must not have the same blocks
+            self._swap_locked(old, *table.extent(slot))
+            table.release(slot)
+            slot = old
+        else:
+            if times is not None:
+                table.floats[(record >> 1) + W_CREATED], table.floats[(record >> 1) + W_ACCESSED] = times
+            count = self._uses_locked(key, old) if access_count is None else access_count
+            self._enter_locked(slot, old, count, words[(record >> 1) + W_PRIORITY])
         words[NUM_BUSY] -= 1
         self._writes.discard(token)
         del self._holds[token]
@@ -3525,9 +3581,12 @@ class KVCachePool:
     def get(self, key: str) -> bytes | None:
         """A copy of the value, None if there is none. Changes: eviction order, use count, statistics."""
         encoded = encode_key(key)
+        slot, changes = self._look_up(encoded)
+        if not slot and changes >= 0 and self._count_miss():
+            return None
         token = next(self._tokens)
         try:
-            found = self._get(encoded, token)
+            found = self._get(encoded, token, slot, changes)
             if isinstance(found, tuple):
                 offset, size = found
                 found = self._memory[offset : offset + size]
@@ -3537,10 +3596,31 @@ class KVCachePool:
             raise
         return found
 
+    def _look_up(self, key: bytes) -> tuple[int, int]:
+        """(slot or 0, CHANGES for which that is true), without the lock; (0, -1) if that can't be told without it."""
+        try:
+            words = self._words
+            changes: int = words[CHANGES]
+            if LOADS_IN_ORDER and not (words[DIRTY] or self._untidy or self._gone_views or self._closing):
+                slot = self._table.find(key)
+                if not words[DIRTY] and words[CHANGES] == changes:
+                    return slot, changes
+        except (AttributeError, IndexError, ValueError):  # closed by another thread, or led astray by a change
+            pass
+        return 0, -1
+
+    def _count_miss(self) -> bool:
+        """Count a miss without the lock; False if that can't be done, or the pool also records accesses."""
+        with self._mutex:
+            if self._segment is None or self._closing or self._untidy or self._is_locked or self._recorded:
+                return False
+            self._table.count_miss()
+            return True
+
     @_locked
-    def _get(self, key: bytes, token: int) -> bytes | tuple[int, int] | None:
+    def _get(self, key: bytes, token: int, slot: int, changes: int) -> bytes | tuple[int, int] | None:
         """The value, or if it is large (offset, size) of it, pinned."""
-        slot = self._use_locked(key)
+        slot = self._use_locked(key, slot, changes)
         if not slot:
             return None
         offset, size = self._table.place(slot)
@@ -3549,14 +3629,15 @@ class KVCachePool:
         self._read_locked(slot, token)
         return offset, size
 
-    def _use_locked(self, key: bytes) -> int:
-        """Find an entry and count a use of it, or a miss (0)."""
+    def _use_locked(self, key: bytes, slot: int = 0, changes: int = -1) -> int:
+        """Find an entry, if `_look_up` has not, and count a use of it, or a miss (0)."""
         table, words = self._table, self._words
-        slot = table.find(key)
+        if changes != words[CHANGES]:
+            slot = table.find(key)
         if self._recorded:
             self._record_locked(key, slot, True)
         if not slot:
-            words[MISSES] = words[MISSES] + 1  # += takes twice as long
+            table.count_miss()
             return 0
         words[DIRTY] = 1
         self._order.touch_locked(slot)
@@ -3614,8 +3695,6 @@ class KVCachePool:
             return None
         assert self._segment is not None
         view = self._lend(self._segment.read_only, *self._table.place(slot), token)
-        if not self._reader:
-            self._reader_ref = weakref.ref(cast(memoryview, view.obj), self._reader_gone)
         self._read_locked(slot, token)
         return view
 
@@ -3627,15 +3706,20 @@ class KVCachePool:
         can be released, or dies, when the view and all that was made from it have gone.
         """
         owner = memory[offset : offset + size]
-        self._view_refs[token] = ref = _ViewRef(owner, self._gone_views.append)
+        ref = _ViewRef(owner, self._gone_views.append)
         ref.token = token
+        self._view_refs[token] = ref
         return memoryview(PickleBuffer(owner))
 
     def _close_view(self, token: int, view: memoryview, owner: memoryview) -> None:
-        if _take_back(view, owner):  # else the pin stays until the arrays that were made from it go
+        if _take_back(view, owner):
             if token in self._holds:
                 self._release_pin(token)
             self._view_refs.pop(token, None)
+            return
+        with self._mutex:  # the pin stays until the arrays that were made from it go
+            if token == self._reader:
+                self._reader_ref = weakref.ref(owner, self._reader_gone)
 
     def pin(self, key: str) -> bool:
         """Keep the value that is there now from being evicted or moved until `unpin` or `close`; False if none is.
@@ -3752,7 +3836,8 @@ class KVCachePool:
         assert self._segment is not None
         path = self._touch_path_locked(self._path_locked(keys))
         self._words[HITS] += len(path)
-        self._words[MISSES] += len(path) < len(keys)
+        if len(path) < len(keys):
+            self._table.count_miss()
         for number, key in enumerate(keys if self._recorded else ()):
             self._record_locked(key, path[number] if number < len(path) else 0, not number)
         opened = []
@@ -3842,7 +3927,12 @@ class KVCachePool:
         return len(self.entries)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.entries
+        if not isinstance(key, str):
+            self._check_open()
+            return False
+        encoded = encode_key(key)
+        slot, changes = self._look_up(encoded)
+        return bool(slot) if changes >= 0 else self._describe(encoded) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -3913,7 +4003,7 @@ class KVCachePool:
         self._reclaim_locked()
         geometry, words = self._geometry, self._words
         allocated, total = self._allocator.get_usage()
-        hits, misses = words[HITS], words[MISSES]
+        hits, misses = words[HITS], self._table.misses()
         largest = self._allocator.largest_free_run()
         free = total - allocated
         return {

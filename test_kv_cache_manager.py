@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import importlib.util
@@ -1672,6 +1673,11 @@ OPERATIONS: dict[str, tuple[Callable[[KVCachePool], None], Callable[[KVCachePool
     "overwrite": (fill_roomy, lambda pool: pool.put("old", payload("new", SMALL)), {"old"}),
     "overwrite in place": (fill_roomy, lambda pool: pool.put("a", payload("new", SMALL), prefix_hash="p"), {"a"}),
     "overwrite large": (fill_roomy, lambda pool: pool.put("old", payload("new", LARGE)), {"old"}),
+    "overwrite large in place": (
+        fill_roomy,
+        lambda pool: pool.put("old", payload("new", LARGE), prefix_hash="p"),
+        {"old"},
+    ),
     "get": (fill_roomy, lambda pool: pool.get("a"), set()),
     "get large": (fill_roomy, lambda pool: pool.get("old"), set()),
     "view": (fill_roomy, view_and_use, set()),
@@ -1731,7 +1737,7 @@ class TestCrashes:
             *((name, EvictionPolicy.LFU) for name in OPERATIONS if name not in ("defragment", "put that moves")),
             *(
                 (name, EvictionPolicy.ADAPTIVE)
-                for name in ("put", "get", "overwrite in place", "evict", "touch", "clear")
+                for name in ("put", "get", "overwrite in place", "overwrite large in place", "evict", "touch", "clear")
             ),
             ("put that evicts and moves", EvictionPolicy.ADAPTIVE),
         ],
@@ -1857,7 +1863,7 @@ def interrupt_storm(work: Callable[[KVCachePool, random.Random], None]) -> None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 interrupts += 1
-            other.get("nothing")
+            len(other)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         assert interrupts > 100
         assert_sound(pool)
@@ -3028,6 +3034,149 @@ class TestManyHandles:
             assert [entry.key for entry in pool.find_by_prefix("p")] == ["c"]
             stats = pool.get_stats()
             assert (stats["hits"], stats["puts"]) == (2, 3)
+
+
+class TestLookups:
+    """Misses and `in` take no lock; what they say must be true all the same."""
+
+    def test_they_pass_while_somebody_has_the_lock(self) -> None:
+        answers: list[Any] = []
+        with make_pool() as pool, open(pool._path, "rb") as file:
+            pool.put("here", b"1")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                looker = threading.Thread(
+                    target=lambda: answers.extend((pool.get("away"), "away" in pool, "here" in pool))
+                )
+                looker.start()
+                looker.join(10)
+                assert not looker.is_alive()
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)
+            assert answers == [None, False, True]
+            assert pool.get_stats()["misses"] == 1
+
+    @pytest.mark.parametrize("in_order", [True, False])
+    def test_without_loads_in_order_they_take_the_lock(self, monkeypatch: pytest.MonkeyPatch, in_order: bool) -> None:
+        monkeypatch.setattr(kv, "LOADS_IN_ORDER", in_order)
+        with make_pool() as pool:
+            pool.put("here", b"1")
+            assert (pool._look_up(b"here")[1] >= 0) == (pool._look_up(b"away")[1] >= 0) == in_order
+            assert (pool.get("here"), pool.get("away"), "here" in pool, "away" in pool) == (b"1", None, True, False)
+            assert (pool.get_stats()["hits"], pool.get_stats()["misses"]) == (1, 1)
+
+    @pytest.mark.parametrize(
+        ("change", "key", "value"),
+        [
+            (lambda other: other.put("new", b"2"), "new", b"2"),  # a miss just before
+            (lambda other: other.delete("old"), "old", None),
+            (lambda other: other.delete("old") and other.put("in its slot", b"2"), "old", None),
+            (lambda other: other.put("old", b"2"), "old", b"2"),
+            (lambda other: other.put("old", b"longer"), "old", b"longer"),
+            (lambda other: other._rebuild(), "old", b"1"),
+        ],
+    )
+    def test_what_changes_behind_them_counts(
+        self, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any], key: str, value: bytes | None
+    ) -> None:
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            pool.put("old", b"1")
+            other._rebuild = lambda: other.check(fix=True)
+            find = pool._table.find
+            left = [change]
+
+            def find_late(key: bytes) -> int:
+                slot = find(key)
+                if left:
+                    left.pop()(other)
+                return slot
+
+            monkeypatch.setattr(pool._table, "find", find_late)
+            assert pool.get(key) == value
+            assert not left
+            assert_sound(pool)
+
+    def test_what_changes_between_them_and_the_lock_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            pool.put("old", b"1")
+            look_up = pool._look_up
+
+            def look_up_early(key: bytes) -> tuple[int, int]:
+                found = look_up(key)
+                assert found[0]
+                other.delete("old")
+                other.put("in its slot", b"2")
+                return found
+
+            monkeypatch.setattr(pool, "_look_up", look_up_early)
+            assert pool.get("old") is None
+            assert_sound(pool)
+
+    def test_a_change_under_way_is_waited_for(self) -> None:
+        with make_pool() as pool:
+            pool.put("here", b"1")
+            pool._words[kv.DIRTY] = 1
+            assert pool._look_up(b"here") == pool._look_up(b"away") == (0, -1)
+            assert "here" in pool  # by way of the lock, and the rebuild
+            assert pool._look_up(b"here")[1] >= 0
+
+    def test_beside_processes_that_change_everything(self) -> None:
+        """What is there all the time is found every time, what never is never is: in chains that many keys share."""
+
+        def churn(seed: int) -> None:
+            randomness = random.Random(seed)
+            with KVCachePool.attach("pool") as pool:
+                while True:
+                    key = f"churn{randomness.randrange(60)}"
+                    if randomness.random() < 0.3:
+                        pool.delete(key)
+                    else:
+                        pool.put(key, payload(key, randomness.choice([10, 5000])))
+
+        with make_pool(64, max_entries=24, eviction_policy="priority") as pool:
+            for i in range(8):
+                pool.put(f"stay{i}", payload(f"stay{i}", 100), priority=1)
+            context = multiprocessing.get_context("fork")
+            workers = [context.Process(target=churn, args=(seed,)) for seed in range(2)]
+            for worker in workers:
+                worker.start()
+            try:
+                deadline = time.monotonic() + 2
+                looked = unlocked = 0
+                while time.monotonic() < deadline:
+                    for i in range(8):
+                        assert f"stay{i}" in pool
+                        assert pool.get(f"stay{i}") == payload(f"stay{i}", 100)
+                        assert f"away{i}" not in pool
+                        assert pool.get(f"away{i}") is None
+                        looked += 1
+                        unlocked += pool._look_up(b"away")[1] >= 0
+            finally:
+                for worker in workers:
+                    worker.kill()
+                    worker.join()
+            assert looked > 100
+            assert unlocked > 0  # or nothing of this was tried
+            assert_sound(pool)
+
+    def test_misses_of_sessions_that_have_ended_stay_counted(self) -> None:
+        def miss() -> None:
+            with KVCachePool.attach("pool") as mine:
+                mine.get("away")
+                mine.get("away")
+                die()
+
+        with make_pool() as pool:
+            pool.get("away")
+            with KVCachePool.attach("pool") as other:
+                other.get("away")
+                assert pool.get_stats()["misses"] == other.get_stats()["misses"] == 2
+            assert in_child(miss) == -signal.SIGKILL
+            assert pool.get_stats()["misses"] == 4
+            with KVCachePool.attach("pool") as other:  # in a session that another one has had
+                assert other.get_stats()["misses"] == 4
+                other.get("away")
+            assert pool.get_stats()["misses"] == 5
 
 
 class PoolMachine(RuleBasedStateMachine):
