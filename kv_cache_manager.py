@@ -1514,6 +1514,11 @@ class Segment:
                     self.memory = mmap.mmap(mapped, header.geometry.total_bytes)
                 finally:
                     os.close(mapped)
+            if create and header.transient and os.path.dirname(path) == SHM_DIR:
+                # Who makes such a pool goes on to use it. Mapping its pages makes this take a tenth longer, and would
+                # make the first puts take up to twice as long.
+                for at in range(0, len(self.memory), RESERVE_CHUNK):
+                    _ = self.memory[at : at + RESERVE_CHUNK : FAULT_AROUND]
             self.buffer = memoryview(self.memory)
             self.read_only = self.buffer.toreadonly()
             self.words = self.buffer.cast("q")

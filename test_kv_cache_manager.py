@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -799,6 +800,26 @@ class TestSegment:
         assert re.fullmatch(r"cortex-kv-.*-pool", os.path.basename(path))
         assert os.stat(path).st_mode & 0o777 == 0o600
         assert os.stat(store_dir).st_mode & 0o777 == 0o700
+
+    def test_pages_are_mapped_by_windows_and_at_once_by_the_maker_of_a_transient_pool(self) -> None:
+        """Page faults of 4 MiB of puts: none for the maker, one for each window of 16 pages for who opens the pool."""
+        data = bytes(1 << 20)
+
+        def faults_of_puts(pool: KVCachePool) -> int:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for key in "abcd":
+                assert pool.put(key, data)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        def work() -> None:
+            with make_pool(2048) as pool:
+                pool.put("first", b"1")  # whatever is paid once
+                assert faults_of_puts(pool) < 32
+                with KVCachePool.attach("pool") as other:
+                    other.put("first", b"1")
+                    assert faults_of_puts(other) < 256  # 1024 pages
+
+        assert in_child(work) == 0
 
     def test_shared_memory_of_the_standard_library_can_attach(self) -> None:
         from multiprocessing import resource_tracker, shared_memory
