@@ -137,6 +137,7 @@ TOP_SESSION = 82  # sessions from this number on were never used
 RECORDED = 83  # accesses recorded so far
 POLICY = 84  # 0: as in the config; else 1 + the place of the policy in EvictionPolicy
 CHANGES = 85  # how often key chains were changed
+UNREAD = 86  # 1 once the end of an array has left a deleted value to be freed
 
 MAX_SESSIONS = 128
 SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
@@ -1106,6 +1107,16 @@ class EvictionManager:
         if not self._is_fifo:
             self.renew_locked(slot, count if self._is_lfu else None)
 
+    def replace_locked(self, slot: int) -> None:
+        """Queue a slot whose value is replaced: like a new one, with the use count and priority that it has."""
+        if not self.is_adaptive:
+            self.renew_locked(slot)
+            return
+        _, count, priority = self.numbers_locked(slot)
+        self.unlink_locked(slot)
+        self.stamp_locked(slot, count, priority)
+        self.link_locked(slot)
+
     def renew_locked(self, slot: int, new_key: int | None = None) -> None:
         """Move a slot behind all others of its key, or of the new one, which is not lower."""
         halves, words = self._halves, self._words
@@ -1793,24 +1804,26 @@ class EntryTable:
             halves[self.record(behind) + R_PREFIX_PREV] = before
 
     def find_prefix(self, prefix: bytes) -> list[int]:
-        """Slots of the entries with that prefix hash, oldest first. O(their number).
+        """Slots of the entries with that prefix hash, oldest first. O(their number), but for sorting them.
 
-        Those with none are not chained: for them it takes a pass over all, by the time they were created.
+        Those with none are not chained: for them it takes a pass over all.
         """
         if not prefix:
-            plain = [slot for slot in self.slots(COMPLETE) if not self._lengths(slot)[1]]
-            return sorted(plain, key=lambda slot: self.floats[(self.record(slot) >> 1) + W_CREATED])
+            return self._by_age([slot for slot in self.slots(COMPLETE) if not self._lengths(slot)[1]])
         prefix_hash = zlib.crc32(prefix)
         slots: list[int] = []
         slot = self.halves[self._prefix_heads + prefix_hash % self.num_slots]
         for _ in self._every_slot:
             if not slot:
-                return slots[::-1]
+                return self._by_age(slots[::-1])
             record = self.record(slot)
             if self.halves[record + R_PREFIX_HASH] == prefix_hash and self.texts(slot)[1] == prefix:
                 slots.append(slot)
             slot = self.halves[record + R_PREFIX_NEXT]
         raise IndexError
+
+    def _by_age(self, slots: list[int]) -> list[int]:
+        return sorted(slots, key=lambda slot: self.floats[(self.record(slot) >> 1) + W_CREATED])
 
     def key(self, slot: int) -> bytes:
         record = self._records + slot * HALVES_PER_RECORD
@@ -2510,16 +2523,17 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                 raise CacheError(
                     f"pool {self.name!r} was called by a signal handler that interrupted a call to it: try later"
                 )
-            segment = self._segment
-            if segment is None or (self._closing and not ends_something):
-                raise PoolClosedError(f"pool {self.name!r} is closed: open it again")
-            fd = segment.fd
+            fd = -1
             try:
+                self._is_locked = True  # to the very end: a handler that came in would unlock for us
+                segment = self._segment
+                if segment is None or (self._closing and not ends_something):
+                    raise PoolClosedError(f"pool {self.name!r} is closed: open it again")
+                fd = segment.fd
                 try:
                     flock(fd, try_lock)
                 except BlockingIOError:
                     _wait_for_lock(fd)
-                self._is_locked = True
                 words = self._words
                 if self._untidy or self._gone_views or words[DIRTY] or words[POLICY] != self._policy:
                     self._recover_locked()
@@ -2532,11 +2546,14 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                     f"the index of pool {self.name!r} is damaged; the next call rebuilds it from the records: try again"
                 ) from error
             except BaseException:
-                self._untidy = True
+                self._untidy.append(0)
                 raise
             finally:
-                self._is_locked = False
-                flock(fd, unlock)
+                try:
+                    if fd >= 0:
+                        flock(fd, unlock)
+                finally:
+                    self._is_locked = False
 
     return cast("Callable[Concatenate[KVCachePool, _P], _R]", locked)
 
@@ -2557,7 +2574,11 @@ def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview
     """
     pool = pool_ref()
     if pool is not None and pool._reader_ref is ref and "_table" in pool.__dict__:
-        pool._table.read(0)
+        table = pool._table
+        table.read(0)
+        with pool._barrier:  # as in `_release_pin`
+            if table.halves[table.record(pool._holds.get(pool._reader, 0))] == CONDEMNED:
+                pool._words[UNREAD] = 1
 
 
 def _view_gone_after_close(ref: _ViewRef) -> None:
@@ -2589,7 +2610,8 @@ class _View:
             if view is not None:
                 self._owner: Any = view.obj  # which `view`, released inside the block, would not tell any more
         except BaseException:
-            pool._abandon(token)
+            pool._untidy.append(token)
+            pool._tidy_up()
             raise
         return view
 
@@ -2622,7 +2644,8 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
                 self._owner: Any = self._view.obj
                 pool._zero(*place)
         except BaseException:
-            pool._abandon(self._token)
+            pool._untidy.append(self._token)
+            pool._tidy_up()
             raise
         return self._view
 
@@ -2637,9 +2660,11 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
                 if error_type is None:
                     pool._commit(token, keep_pinned=True)
                 else:
-                    pool._abandon(token)
+                    pool._untidy.append(token)
+                    pool._tidy_up()
             except BaseException:
-                pool._abandon(token)
+                pool._untidy.append(token)
+                pool._tidy_up()
                 raise
         pool._close_view(token, view, owner)
 
@@ -2718,7 +2743,8 @@ class KVCachePool:
             return pool
 
     def _start(self, segment: Segment) -> None:
-        self._segment: Segment | None = segment
+        self._segment: Segment | None = segment  # None once closed
+        self._mapped = segment
         self._config = segment.header.config
         self.name = self._config.name
         self.store_path = segment.header.store_path
@@ -2741,7 +2767,9 @@ class KVCachePool:
         self._gone_views: deque[_ViewRef] = deque()
         self._reader_gone: Any = functools.partial(_reader_gone, weakref.ref(self))
         self._reader_ref: weakref.ref[memoryview] | None = None
-        self._untidy = True  # joins at the first lock
+        # Tokens whose calls an error or interrupt has cut off; 0: whatever else the next lock must put in order.
+        # An except block appends to it before all else: no second interrupt gets in before that call of C code is over.
+        self._untidy = [0]  # joins at the first lock
         self._memory, self._words = segment.memory, segment.words
         self._data_offset = geometry.data_offset
         self._policy = 0  # what the header word POLICY said last
@@ -2764,8 +2792,7 @@ class KVCachePool:
         try:
             self._join()
         except BaseException:
-            self._segment = None
-            self._shut(segment, wait=True)
+            self._shut(wait=True)
             raise
 
     # --- closing -----------------------------------------------------------------------------------------------------
@@ -2778,12 +2805,14 @@ class KVCachePool:
         """
         with self._mutex:
             if self._segment is None:
+                if self in _open_pools:  # an interrupt has cut the first call short
+                    self._shut(wait=True)
                 return
             if self._is_locked:
                 raise CacheError(f"pool {self.name!r} was closed by a signal handler that interrupted a call to it")
             self._closing = True
             self._unpin_all()
-            if self._gone_views:
+            if self._gone_views or self._untidy:
                 self._join()
             self._close_if_unused()
             for token, ref in list(self._view_refs.items()):
@@ -2814,10 +2843,8 @@ class KVCachePool:
     def __del__(self) -> None:
         # No lock is taken here: this may run inside a call to another pool, and waiting could then be for ever. The
         # kernel tells the others that the session is over; they clear it away as they do for the dead.
-        segment = getattr(self, "_segment", None)
-        if segment is not None and not sys.is_finalizing():  # then the modules that this needs may be gone
-            self._segment = None
-            self._shut(segment, wait=False)
+        if getattr(self, "_segment", None) is not None and not sys.is_finalizing():  # then modules may be gone
+            self._shut(wait=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pool sent to another process is opened there by name."""
@@ -2834,22 +2861,21 @@ class KVCachePool:
     def _close_if_unused(self) -> None:
         """The second half of `close`, once no view and no copy under way needs the memory."""
         with self._mutex:
-            segment = self._segment
-            if not self._closing or segment is None or self._holds:
+            if not self._closing or self._segment is None or self._holds:
                 return
             self._leave()
-            self._segment = None
-            self._shut(segment, wait=True)
+            self._shut(wait=True)
 
-    def _shut(self, segment: Segment, wait: bool) -> None:
+    def _shut(self, wait: bool) -> None:
+        segment, self._segment = self._mapped, None
         # Whatever refers to the memory keeps it mapped.
         for name in ("_table", "_allocator", "_order", "_memory", "_words"):
             self.__dict__.pop(name, None)
         segment.close()
-        _open_pools.discard(self)
         if segment.header.transient:
             with contextlib.suppress(CacheError):  # the store is gone, or busy: the next opener or `prune` removes it
                 self._remove_name(wait, only_if_unused=True)
+        _open_pools.discard(self)
 
     def _remove_name(self, wait: bool, only_if_unused: bool = False) -> None:
         def remove() -> None:
@@ -2875,13 +2901,12 @@ class KVCachePool:
         self._writes.clear()
         self._gone_views.clear()
         self._reader, self._reader_ref = 0, None
-        self._untidy = True
+        self._untidy = [0]
         if segment is not None:
             try:
                 segment.reopen_after_fork()
             except OSError:  # out of file descriptors, or no /proc: better closed than without locks
-                self._segment = None
-                self._shut(segment, wait=False)
+                self._shut(wait=False)
 
     # --- putting in order --------------------------------------------------------------------------------------------
 
@@ -2902,32 +2927,27 @@ class KVCachePool:
         if words[BOOT_ID] != _boot_id():  # an nvme pool after a reboot, or a power failure
             words[DIRTY] = 1
             words[BOOT_ID] = _boot_id()
-        tidy, self._untidy = self._untidy, False
-        try:
-            if words[POLICY] != self._policy:
-                self._follow_policy_locked()
-            if segment.session < 0:
-                self._reap_locked()
-                segment.join_locked()
-                self._table.act_for(segment.session)
-            elif tidy:
-                self._tidy_locked()
-            while self._gone_views:
-                token = self._gone_views[0].token
-                if token in self._writes:  # an interrupt kept `_Reservation.__exit__` from running
-                    self._writes.discard(token)
-                    self._holds.pop(token, None)
-                    self._tidy_locked()
-                elif token in self._holds:
-                    self._unpin_locked(token)
-                self._view_refs.pop(token, None)
-                self._gone_views.popleft()
-            if words[DIRTY]:
-                self._reap_locked()
-                self._rebuild_locked()
-        except BaseException:
-            self._untidy = True
-            raise
+        untidy = len(self._untidy)
+        if words[POLICY] != self._policy:
+            self._follow_policy_locked()
+        if segment.session < 0:
+            self._reap_locked()
+            segment.join_locked()
+            self._table.act_for(segment.session)
+        elif untidy:
+            self._tidy_locked(self._untidy)
+        while self._gone_views:
+            token = self._gone_views[0].token
+            if token in self._writes:  # an interrupt kept `_Reservation.__exit__` from running
+                self._tidy_locked([token])
+            elif token in self._holds:
+                self._unpin_locked(token)
+            self._view_refs.pop(token, None)
+            self._gone_views.popleft()
+        if words[DIRTY]:
+            self._reap_locked()
+            self._rebuild_locked()
+        del self._untidy[:untidy]  # done; what other threads have appended meanwhile stays
 
     def _follow_policy_locked(self) -> None:
         """Go by the policy that the header names, which `set_eviction_policy` has changed, here or elsewhere."""
@@ -2939,9 +2959,13 @@ class KVCachePool:
         self._config = replace(self._config, eviction_policy=policy.value)
         self._policy = words[POLICY]
 
-    def _tidy_locked(self) -> None:
-        """Make our own pins and WRITING records agree with what this handle really holds."""
+    def _tidy_locked(self, cut_off: Iterable[int]) -> None:
+        """Forget what these tokens hold, then make our pins and WRITING records agree with what is really held."""
         table, session = self._table, self._table.session
+        for token in cut_off:
+            self._holds.pop(token, None)
+            self._writes.discard(token)
+            self._view_refs.pop(token, None)
         if self._reader not in self._holds:
             self._reader, self._reader_ref = 0, None
         bits = self._holds.keys() - self._writes - {self._reader}
@@ -2975,6 +2999,15 @@ class KVCachePool:
     def _reclaim_locked(self) -> bool:
         """All that is in nobody's way but has not been given back, O(number of entries). Whether there was any."""
         return self._reap_locked() | self._free_all_unread_locked()
+
+    def _reclaim_due_locked(self) -> bool:
+        """What there are signs of, for less: values on their way in, or deleted ones that nobody reads any more."""
+        words = self._words
+        found = words[NUM_BUSY] > len(self._writes) and self._reap_locked()
+        if words[UNREAD]:
+            words[UNREAD] = 0
+            found = self._free_all_unread_locked() or found
+        return found
 
     def _reap_locked(self) -> bool:
         """Reclaim pins and WRITING records of sessions whose process has died. Whether there were such sessions."""
@@ -3108,31 +3141,25 @@ class KVCachePool:
         try:
             with self._mutex:  # to the end: another thread that closes the pool must not come in between
                 if token == self._reader and not self._is_locked:
-                    slot = self._holds.pop(token)
-                    self._reader, self._reader_ref = 0, None
+                    slot = self._holds[token]
                     self._table.read(0)
+                    self._reader, self._reader_ref = 0, None  # now: a signal handler may have opened a view just before
                     with self._barrier:  # looked at last, for it may just become so: see `_drop_locked`
                         is_condemned = self._table.halves[self._table.record(slot)] == CONDEMNED
+                    del self._holds[token]  # now: a signal handler that closed the pool would have unmapped it
                     if is_condemned:
                         self._free_unread(slot)
                 else:
                     self._unpin(token)
         except BaseException:
-            self._abandon(token)
+            self._untidy.append(token)
+            self._tidy_up()
             raise
         if self._closing:
             self._close_if_unused()
 
-    def _abandon(self, token: int) -> None:
-        """After an error or interrupt: forget what `token` holds, then make the shared records agree.
-
-        If another interrupt keeps that from being done, the next call of this handle does it.
-        """
-        with self._mutex:
-            self._untidy = True
-            self._holds.pop(token, None)
-            self._writes.discard(token)
-            self._view_refs.pop(token, None)
+    def _tidy_up(self) -> None:
+        """After an error or interrupt, noted in `_untidy`: let go of what was held, or leave that to the next call."""
         if self._segment is not None and not self._is_locked:
             self._join()
             if self._closing:
@@ -3155,6 +3182,8 @@ class KVCachePool:
         full = full or (not old and words[NUM_ENTRIES] >= self._geometry.max_entries)
         start = None if full else self._allocator.find_locked(num_blocks)
         if start is None:
+            if self._reclaim_due_locked():
+                return self._find_room_locked(key, num_blocks)
             start = self._make_room_locked(num_blocks, full, old)
             if start is None:
                 return None
@@ -3168,7 +3197,7 @@ class KVCachePool:
         room = self._find_room_locked(key, num_blocks)
         if room is None:
             return 0
-        self._writes.add(token)  # first: an interrupt from here on makes `_abandon` look for records that nobody holds
+        self._writes.add(token)
         self._words[DIRTY] = 1
         self._allocator.take_locked(room[0], num_blocks)
         slot = self._table.claim(key, size, room[0], num_blocks, self._table.session, meta)
@@ -3187,12 +3216,10 @@ class KVCachePool:
         table = self._table
         if num_blocks > self._geometry.num_blocks:
             return None
-        if self._words[NUM_BUSY] > len(self._writes):
-            self._reap_locked()
         victim = next(self._candidates_locked(old), 0)
         start, length = table.extent(victim)
         must_evict = need_slot or num_blocks > self._geometry.num_blocks - self._words[ALLOCATED]
-        if victim and must_evict and length >= num_blocks:
+        if victim and victim != old and must_evict and length >= num_blocks:
             self._evict_locked((victim,))  # as the loop below would, without its plans: the usual case
             return start
         for attempt in (1, 2):
@@ -3215,6 +3242,8 @@ class KVCachePool:
                     victims.append(slot)
                     missing -= table.extent(slot)[1]
             if moves is not None:
+                if old in victims:  # then to the end of the put: who looks without the lock would find neither value
+                    self._words[DIRTY] = 1
                 self._evict_locked(victims)
                 for slot, target in moves:
                     self._move_locked(slot, target)
@@ -3319,13 +3348,13 @@ class KVCachePool:
         """
         start, num_blocks = self._table.extent(slot)
         words = self._words
-        words[DIRTY] = 1
+        was_dirty, words[DIRTY] = words[DIRTY], 1
         words[MOVE_FROM], words[MOVE_TO], words[MOVE_DONE] = start, target, 0
         words[MOVE_SLOT] = slot
         self._finish_move_locked()
         self._allocator.free_locked(start, num_blocks)
         self._allocator.take_locked(target, num_blocks)
-        words[DIRTY] = 0
+        words[DIRTY] = was_dirty
 
     def _finish_move_locked(self) -> None:
         """Do what the move journal says, from the piece where it stands."""
@@ -3349,13 +3378,15 @@ class KVCachePool:
         words[MOVE_SLOT] = 0
 
     def _evict_locked(self, slots: Iterable[int]) -> None:
+        words = self._words
+        was_dirty = words[DIRTY]
         for slot in slots:
-            self._words[DIRTY] = 1
+            words[DIRTY] = 1
             if self._order.is_adaptive:
                 self._order.remember_locked(slot, self._table.key(slot))
             self._drop_locked(slot)
-            self._words[EVICTIONS] += 1
-            self._words[DIRTY] = 0
+            words[EVICTIONS] += 1
+            words[DIRTY] = was_dirty
 
     def _drop_locked(self, slot: int) -> None:
         """Take an entry out of the pool; its blocks follow when nobody reads them any more. DIRTY is set."""
@@ -3435,7 +3466,8 @@ class KVCachePool:
             self._memory[place[0] : place[0] + size] = data
             self._commit(token)
         except BaseException:
-            self._abandon(token)
+            self._untidy.append(token)
+            self._tidy_up()
             raise
         if self._closing:
             self._close_if_unused()
@@ -3470,10 +3502,7 @@ class KVCachePool:
         extent = table.extent(slot)
         table.swap(slot, start, num_blocks)
         self._allocator.free_locked(*extent)
-        self._order.renew_locked(slot)
-        if table.has_prefix(slot):  # behind the others with that prefix hash
-            table.unlink(slot)
-            table.link(slot)
+        self._order.replace_locked(slot)
         words[PUTS] = words[PUTS] + 1
 
     @_locked
@@ -3597,7 +3626,8 @@ class KVCachePool:
                 found = self._memory[offset : offset + size]
                 self._release_pin(token)
         except BaseException:
-            self._abandon(token)
+            self._untidy.append(token)
+            self._tidy_up()
             raise
         return found
 
@@ -3619,7 +3649,10 @@ class KVCachePool:
         with self._mutex:
             if self._segment is None or self._closing or self._untidy or self._is_locked or self._recorded:
                 return False
-            self._table.count_miss()
+            try:
+                self._table.count_miss()
+            except (AttributeError, ValueError):  # a signal handler has just closed the pool
+                return False
             return True
 
     @_locked
@@ -3736,7 +3769,8 @@ class KVCachePool:
         try:
             return self._pin(encoded, token)
         except BaseException:
-            self._abandon(token)
+            self._untidy.append(token)
+            self._tidy_up()
             raise
 
     @_locked
@@ -3751,12 +3785,15 @@ class KVCachePool:
     def unpin(self, key: str) -> bool:
         """Take back one `pin` of this handle; False if it has none on that key."""
         encoded = encode_key(key)
-        tokens = [token for token in self._pins_by_key.pop(encoded, []) if token in self._holds]
+        tokens = [token for token in self._pins_by_key.get(encoded, ()) if token in self._holds]
+        if not tokens:
+            return False
+        self._unpin_locked(tokens[0])  # first: an interrupt must not lose the others
         if tokens[1:]:
             self._pins_by_key[encoded] = tokens[1:]
-        if tokens:
-            self._unpin_locked(tokens[0])
-        return bool(tokens)
+        else:
+            del self._pins_by_key[encoded]
+        return True
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
@@ -4232,7 +4269,8 @@ class KVCachePool:
             times = (entry.created_at, entry.last_accessed)
             self._commit(token, entry.access_count, times, checksum=item.crc32 or 0)
         except BaseException:
-            self._abandon(token)
+            self._untidy.append(token)
+            self._tidy_up()
             raise
         return True
 
@@ -4633,8 +4671,8 @@ class PrefixCache:
             pool._requeue([encode_key(key) for key in hashes[: stored + shared]])
             pool._unpin_many(tokens)
         except BaseException:
-            for token in tokens:
-                pool._abandon(token)
+            pool._untidy.extend(tokens)
+            pool._tidy_up()
             raise
         self._count(blocks_stored=stored, blocks_shared=shared, bytes_saved=saved)
         return stored
