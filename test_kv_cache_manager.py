@@ -1879,7 +1879,8 @@ def interrupt_storm(work: Callable[[KVCachePool, random.Random], None]) -> None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 interrupts += 1
-            len(other)
+            with contextlib.suppress(KeyboardInterrupt):  # an alarm can come late, after it has been called off
+                len(other)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         assert interrupts > 100
         assert_sound(pool)
