@@ -2902,7 +2902,9 @@ class KVCachePool:
         self._gone_views.clear()
         self._reader, self._reader_ref = 0, None
         self._untidy = [0]
-        if segment is not None:
+        if segment is not None and self._closing:  # the views that it waits for are the parent's
+            self._shut(wait=False)
+        elif segment is not None:
             try:
                 segment.reopen_after_fork()
             except OSError:  # out of file descriptors, or no /proc: better closed than without locks

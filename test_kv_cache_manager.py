@@ -20,6 +20,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -2900,6 +2901,28 @@ class TestTraps:
             os.write(writer, b"x")
             os.close(reader)
             os.close(writer)
+
+    def test_a_forked_child_does_not_keep_a_closed_pool_that_waits_for_a_view(self) -> None:
+        pool = make_pool()
+        pool.put("key", b"value")
+        with pool.view("key") as view:
+            array = view[1:]
+        del view
+        pool.close()
+        assert os.path.exists(pool._path)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            pid = os.fork()
+            if not pid:
+                ours.close()
+                theirs.send(b"here")
+                theirs.recv(1)  # until the parent has let go
+                os._exit(array != b"alue")
+            ours.recv(4)
+            del array
+            gone = not os.path.exists(pool._path)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert gone
 
     def test_views_and_reservations_do_not_cross_a_fork(self) -> None:
         with make_pool() as pool:
