@@ -1490,6 +1490,11 @@ def read_header(path: str) -> SegmentHeader | None:
         os.close(fd)
 
 
+def _map_pages(memory: mmap.mmap, offset: int, size: int) -> None:
+    """Read a byte of every window before writing: a seventh of what the write faults cost, page by page."""
+    _ = memory[offset & -FAULT_AROUND : offset + size : FAULT_AROUND]
+
+
 class Segment:
     """One mapped pool: its memory, seen as bytes, 32-bit halves, 64-bit words and floats, and its lock file.
 
@@ -1529,7 +1534,7 @@ class Segment:
                 # Who makes such a pool goes on to use it. Mapping its pages makes this take a tenth longer, and would
                 # make the first puts take up to twice as long.
                 for at in range(0, len(self.memory), RESERVE_CHUNK):
-                    _ = self.memory[at : at + RESERVE_CHUNK : FAULT_AROUND]
+                    _map_pages(self.memory, at, RESERVE_CHUNK)
             self.buffer = memoryview(self.memory)
             self.read_only = self.buffer.toreadonly()
             self.words = self.buffer.cast("q")
@@ -1772,7 +1777,7 @@ class EntryTable:
         head = self._key_heads + halves[record + R_KEY_HASH] % self.num_slots
         halves[record + R_KEY_NEXT] = halves[head]
         halves[head] = slot
-        if not self.has_prefix(slot):  # no chain, which would be one long one
+        if halves[record + R_LENGTHS] <= 0xFFFF:  # no prefix hash: no chain, which would be one long one
             return
         head = self._prefix_heads + halves[record + R_PREFIX_HASH] % self.num_slots
         behind = halves[head]
@@ -1793,7 +1798,7 @@ class EntryTable:
                 break
             link = self.record(halves[link]) + R_KEY_NEXT
         halves[link] = halves[record + R_KEY_NEXT]
-        if not self.has_prefix(slot):
+        if halves[record + R_LENGTHS] <= 0xFFFF:
             return
         before, behind = halves[record + R_PREFIX_PREV], halves[record + R_PREFIX_NEXT]
         if before:
@@ -1841,9 +1846,6 @@ class EntryTable:
         half = self.record(slot) + R_LENGTHS
         return self.halves[half] & 0xFFFF, self.halves[half] >> 16, self.halves[half + 1] & 0xFFFF
 
-    def has_prefix(self, slot: int) -> bool:
-        return bool(self.halves[self._records + slot * HALVES_PER_RECORD + R_LENGTHS] > 0xFFFF)
-
     def extent(self, slot: int) -> tuple[int, int]:
         """(start block, number of blocks)."""
         record = self.record(slot)
@@ -1858,26 +1860,25 @@ class EntryTable:
         size: int = self.words[(record >> 1) + W_SIZE]
         return self._data_offset + self.halves[record + R_START] * self._block_size, size
 
-    def is_same(self, slot: int, key: bytes, size: int, meta: EntryMeta) -> bool:
-        """Whether a value has this key, size and metadata, and nobody pins it."""
+    def is_same(self, slot: int, size: int, told: bytes) -> bool:
+        """Whether a value has this size, key and metadata, as `tell` or `told_by` has it, and nobody pins it."""
         word = (self._records + slot * HALVES_PER_RECORD) >> 1
-        lengths = len(key), len(meta.prefix), len(meta.tensor)
-        # From the sequence length on a record tells nothing of the value itself; the two zeros are its pins.
-        told = RECORD_TAIL.pack(meta.sequence_length, meta.layer_index, 0, 0, *lengths, 0, meta.priority) + key
-        if meta is not NO_META:
-            told += meta.prefix + meta.tensor
         tail = 8 * (word + W_SEQUENCE_LENGTH)
         same = self.words[word + W_SIZE] == size and self.memory[tail : tail + len(told)] == told
         return same and not self._is_read(slot)
 
-    def is_alike(self, slot: int, other: int) -> bool:
-        """The same, with what another record says."""
-        length = RECORD_TAIL.size + sum(self._lengths(slot))
-        word, other_word = self.record(slot) >> 1, self.record(other) >> 1
-        tail, other_tail = 8 * (word + W_SEQUENCE_LENGTH), 8 * (other_word + W_SEQUENCE_LENGTH)
-        same = self.words[word + W_SIZE] == self.words[other_word + W_SIZE]
-        same = same and self.memory[tail : tail + length] == self.memory[other_tail : other_tail + length]
-        return same and not self._is_read(slot)
+    @staticmethod
+    def tell(key: bytes, meta: EntryMeta) -> bytes:
+        """What the record of such an entry tells from the sequence length on: nothing of the value itself."""
+        lengths = len(key), len(meta.prefix), len(meta.tensor)  # the two zeros before them are its pins
+        told = RECORD_TAIL.pack(meta.sequence_length, meta.layer_index, 0, 0, *lengths, 0, meta.priority) + key
+        return told if meta is NO_META else told + meta.prefix + meta.tensor
+
+    def told_by(self, slot: int) -> tuple[int, bytes]:
+        """(size, what its record tells) of a value."""
+        word = (self._records + slot * HALVES_PER_RECORD) >> 1
+        tail = 8 * (word + W_SEQUENCE_LENGTH)
+        return self.words[word + W_SIZE], self.memory[tail : tail + RECORD_TAIL.size + sum(self._lengths(slot))]
 
     def swap(self, slot: int, start: int, num_blocks: int) -> None:
         """Give an entry other blocks, in one write: a crash leaves it with the old ones or the new ones."""
@@ -3452,7 +3453,7 @@ class KVCachePool:
         """(offset, size) of a place for a value, known by `token`, ready to be written; None if it can't be stored."""
         place = self._patiently(lambda: self._reserve_once(key, size, meta, token), size)
         if place is not None:
-            self._map_pages(*place)
+            _map_pages(self._memory, *place)
         return place
 
     def _store(self, key: bytes, data: Any, size: int, meta: EntryMeta) -> bool:
@@ -3485,12 +3486,12 @@ class KVCachePool:
         start, old = room
         table, words = self._table, self._words
         at = self._data_offset + start * self._geometry.block_size
-        self._map_pages(at, size)
+        _map_pages(self._memory, at, size)
         self._memory[at : at + size] = data  # into free blocks: dying here leaves nothing to put in order
         words[DIRTY] = 1
         self._allocator.take_locked(start, num_blocks)
         # Swapping in the blocks spares half of what a new record, and dropping the old one, would cost.
-        if old and table.is_same(old, key, size, meta):
+        if old and table.is_same(old, size, table.tell(key, meta)):
             self._swap_locked(old, start, num_blocks)
         else:
             slot = table.claim(key, size, start, num_blocks, table.session, meta)
@@ -3540,7 +3541,7 @@ class KVCachePool:
             victim = next(self._candidates_locked(), 0)
             self._evict_locked([victim] if victim else [])
         words[DIRTY] = 1
-        if old and times is None and table.is_alike(old, slot):
+        if old and times is None and table.is_same(old, *table.told_by(slot)):
             table.halves[record] = FREE  # first: two records must not have the same blocks
             self._swap_locked(old, *table.extent(slot))
             table.release(slot)
@@ -3602,10 +3603,6 @@ class KVCachePool:
         encoded = encode_key(key)
         size = check_int("size", size, 0)
         return _Reservation(self, encoded, size, _checked_meta(encoded, size, meta))
-
-    def _map_pages(self, offset: int, size: int) -> None:
-        """Read a byte of every window before writing: a seventh of what the write faults cost, page by page."""
-        _ = self._memory[offset & -FAULT_AROUND : offset + size : FAULT_AROUND]
 
     def _zero(self, offset: int, size: int) -> None:
         for at in range(offset, offset + size, COPY_CHUNK):

@@ -3391,7 +3391,7 @@ class TestTwoInterrupts:
             pool.put("large", payload("large", LARGE))
             pool.put("old", b"1")
             with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-                patch.setattr(pool, cut, lambda *_, **__: interrupt())
+                patch.setattr(pool if hasattr(pool, cut) else kv, cut, lambda *_, **__: interrupt())
                 patch.setattr(pool, "_tidy_up", interrupt)
                 call(pool)
             assert pool.put("next", b"2")
