@@ -64,6 +64,7 @@ records and pins; they are reclaimed when somebody opens the pool, needs their r
 from __future__ import annotations
 
 import atexit
+import bisect
 import builtins
 import contextlib
 import errno
@@ -138,6 +139,7 @@ RECORDED = 83  # accesses recorded so far
 POLICY = 84  # 0: as in the config; else 1 + the place of the policy in EvictionPolicy
 CHANGES = 85  # how often key chains were changed
 UNREAD = 86  # 1 once the end of an array has left a deleted value to be freed
+WAITED_FOR = 87  # 1 while a process sleeps until it gets the lock: those that work in steps let it go first
 
 MAX_SESSIONS = 128
 SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
@@ -162,10 +164,23 @@ FREE, WRITING, COMPLETE, CONDEMNED = range(4)
 COPY_UNDER_LOCK = 64 << 10  # bytes; a larger value is copied outside the lock
 COPY_CHUNK = 1 << 20
 BESIDE = 256 << 10  # bytes; checksums of smaller values are not worth another thread
-LOADS_IN_ORDER = os.uname().machine in ("x86_64", "i686")  # as looking up without the lock needs it
+# Whether a processor shows the writes of others in their order, 64-bit words whole, and orders its own accesses by a
+# lock, as all that is done without the pool's lock needs it. Elsewhere everything is done under the lock.
+LOADS_IN_ORDER = os.uname().machine == "x86_64" and sys.maxsize > 1 << 32
 SPINS = 100  # tries of 1 to 2 us each to get a lock before falling asleep over it
 FAULT_AROUND = 64 << 10  # bytes; a read fault maps all pages of such a window, a write fault just one page
 PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits for room before it fails
+# What takes long is done in steps of 1 to 5 ms under the lock: so many entries described, evicted or moved; slots or
+# key chains passed over; bytes moved; seconds in between, and how often at most.
+ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, STEP_BYTES, STEP_PAUSE, MAX_PAUSES = (
+    512,
+    1 << 16,
+    1 << 16,
+    4 << 20,
+    1e-4,
+    100,
+)
+ENDING_PATIENCE = 1.0  # seconds that the end of a process waits for a daemon thread to end its call
 RESERVE_CHUNK = 256 << 20
 UNFINISHED_SECONDS = 60  # how old an unfinished segment must be for `prune` to take it for abandoned
 I64_MIN, I64_MAX = -(1 << 63), (1 << 63) - 1
@@ -201,6 +216,11 @@ class PoolMismatchError(CacheError):
 class PoolClosedError(CacheError):
     """The handle was closed."""
 
+    @classmethod
+    def of(cls, name: str) -> PoolClosedError:
+        """The error of a call to the closed pool `name`."""
+        return cls(f"pool {name!r} is closed: open it again")
+
 
 class CorruptionError(CacheError):
     """A segment or a snapshot is damaged or not ours."""
@@ -214,13 +234,22 @@ class UnsupportedError(CacheError):
     """This machine, platform or build lacks what was asked for."""
 
 
-@contextlib.contextmanager
-def _os_errors(doing: str) -> Iterator[None]:
-    """Turn an OSError into a StorageError that says what was being done."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot {doing}: {error.strerror or error}") from error
+class _os_errors:
+    """Context manager that turns an OSError into a StorageError that says what was being done.
+
+    A class: from Python 3.12 on, an error that passes through a generator context manager leaves a cycle that keeps the
+    frames of all callers until a garbage collection (cpython#129280).
+    """
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError):
+            raise StorageError(f"cannot {self._doing}: {error.strerror or error}") from error
 
 
 # ======================================================================================================================
@@ -731,6 +760,17 @@ class BitmapAllocator:
         """The free blocks from `start` (a multiple of 8) to `stop`, as the 1 bits of an integer."""
         return ~int.from_bytes(self._bits[start >> 3 : (stop + 7) >> 3], "little") & ((1 << (stop - start)) - 1)
 
+    def free_before_locked(self, block: int) -> int:
+        """How many free blocks end right before this one."""
+        end, window = block, 64
+        while end:
+            begin = max(end - window, 0) & ~7
+            used = self._free_bits(begin, end) ^ ((1 << (end - begin)) - 1)
+            if used:
+                return block - begin - used.bit_length()
+            end, window = begin, 4 * window
+        return block
+
     def _find_short(self, num_blocks: int, begin: int) -> int | None:
         """Search windows as integers, small ones first: ANDing shifted copies leaves the starts of long enough runs."""
         counters = self._counters
@@ -879,6 +919,36 @@ def unpack_weights(packed: int) -> dict[str, float] | None:
 def key_digest(key: bytes) -> int:
     """A positive 63-bit number for a key: its CRC-32 forwards and backwards, a third of the time of a short BLAKE2."""
     return zlib.crc32(key) | (zlib.crc32(key[::-1]) >> 1) << 32 or 1
+
+
+Note = tuple[int, int, int, int, int]  # policy key, sequence number, slot, use count, blocks
+
+
+def in_victim_order(notes: Iterable[Note], waste: Callable[[int, int, int, int], float] | None) -> list[int]:
+    """Slots, next victim first, from what `note_locked` said of each: the order of `victims_locked`, without the lock.
+
+    `waste` is that of `waste_now_locked` under ADAPTIVE, else None.
+    """
+    queues: dict[int, list[Note]] = {}
+    for note in sorted(notes, reverse=True):
+        queues.setdefault(note[0], []).append(note)
+    if waste is None:
+        return [note[2] for key in sorted(queues) for note in reversed(queues[key])]
+
+    def head(queue: list[Note]) -> tuple[float, int, list[Note]]:
+        key, sequence, slot, count, num_blocks = queue[-1]
+        return -waste(key, sequence, count, num_blocks), -slot, queue
+
+    slots, heads = [], [head(queue) for queue in queues.values()]
+    heapq.heapify(heads)
+    while heads:
+        queue = heads[0][2]
+        slots.append(queue.pop()[2])
+        if queue:
+            heapq.heapreplace(heads, head(queue))
+        else:
+            heapq.heappop(heads)
+    return slots
 
 
 class EvictionManager:
@@ -1232,19 +1302,14 @@ class EvictionManager:
     def _cheapest_locked(self) -> Iterator[int]:
         """Slots by worth, of which only the heads of the buckets are compared."""
         halves, words, blocks_of, nodes = self._halves, self._words, self._blocks_of, self._nodes
-        by_name = words[_WEIGHTS] and self.weights_locked()
-        weights = list(by_name.values()) if by_name else None
-        clock, gap = words[_CLOCK], math.exp(self._mean_locked())
+        waste = self.waste_now_locked()
         heads: list[tuple[float, int, int]] = []  # how much it should go, node, bucket
         fresh = self._heads_locked()
         for _ in range(self.num_slots):
             for node, bucket in fresh:
-                if weights:
-                    waste = self._weigh_locked(node, weights)
-                else:  # how far below the greatest possible worth, once for every block
-                    waste = clock - words[(node >> 1) + _SEQUENCE] + REUSE_LACK[words[(bucket >> 1) + _KEY]] * gap
-                    waste *= blocks_of((node - nodes) // _NODE_HALVES)
-                heads.append((waste, node, bucket))
+                key, word = words[(bucket >> 1) + _KEY], node >> 1
+                num_blocks = blocks_of((node - nodes) // _NODE_HALVES)
+                heads.append((waste(key, words[word + _SEQUENCE], words[word + _COUNT], num_blocks), node, bucket))
             if not heads:
                 return
             head = max(heads)
@@ -1266,14 +1331,29 @@ class EvictionManager:
             bucket = halves[bucket + _HIGHER]
         return heads
 
-    def _weigh_locked(self, node: int, weights: Sequence[float]) -> float:
-        """How much a node should go by the weights. Nothing in it depends on the others, nor would the order then."""
-        words = self._words
-        recency, frequency, size = weights
-        age = words[_CLOCK] - words[(node >> 1) + _SEQUENCE]
-        uses = min(words[(node >> 1) + _COUNT], 3)
-        num_blocks = self._blocks_of((node - self._nodes) // _NODE_HALVES) or 1
-        return recency * age / (age + self._capacity) + frequency * (1 - uses / 3) + size * (1 - 1 / num_blocks)
+    def waste_now_locked(self) -> Callable[[int, int, int, int], float]:
+        """How much an entry should go as of now, from its policy key, sequence number, use count and blocks.
+
+        Nothing in it depends on other entries, nor would the order then.
+        """
+        words, capacity = self._words, self._capacity
+        clock, gap = words[_CLOCK], math.exp(self._mean_locked())
+        by_name = words[_WEIGHTS] and self.weights_locked()
+        if not by_name:  # how far below the greatest possible worth, once for every block
+            return lambda key, sequence, _, num_blocks: (clock - sequence + REUSE_LACK[key] * gap) * num_blocks
+        recency, frequency, size = by_name.values()
+
+        def weigh(_: int, sequence: int, count: int, num_blocks: int) -> float:
+            age = clock - sequence
+            seldom = 1 - min(count, 3) / 3
+            return recency * age / (age + capacity) + frequency * seldom + size * (1 - 1 / (num_blocks or 1))
+
+        return weigh
+
+    def note_locked(self, slot: int) -> Note:
+        """What the place of a slot in the order depends on."""
+        key, sequence = self.sort_key_locked(slot)
+        return key, sequence, slot, self.numbers_locked(slot)[1], self._blocks_of(slot) if self.is_adaptive else 0
 
     # --- walking, rebuilding, checking -------------------------------------------------------------------------------
 
@@ -1363,6 +1443,164 @@ class EvictionManager:
         halves[higher + _LOWER] = lower
         halves[bucket + _HIGHER] = self._words[_FREE_BUCKET]
         self._words[_FREE_BUCKET] = bucket
+
+
+# ======================================================================================================================
+# Planning
+# ======================================================================================================================
+
+# Pure functions that say what to evict and to move so that free blocks lie together. Entries in use can do neither:
+# they cut the data region into sections, and every value lies in one of them.
+
+Extent = tuple[int, int, int]  # first block, number of blocks, slot
+Move = tuple[int, int]  # slot, new first block
+Plan = tuple[list[int], list[Move]]  # slots to evict; then what to move, in this order
+
+
+class Section(NamedTuple):
+    """Blocks between two extents that can't move."""
+
+    low: int  # the first block
+    high: int  # the one behind the last
+    extents: list[Extent]  # that can be moved and evicted, by first block
+
+    def without(self, gone: Container[int]) -> Section:
+        """The section once these slots are evicted."""
+        return self._replace(extents=[extent for extent in self.extents if extent[2] not in gone])
+
+    @property
+    def num_free(self) -> int:
+        return self.high - self.low - sum(num_blocks for _, num_blocks, _ in self.extents)
+
+
+def cut_sections(movable: list[Extent], fixed: list[Extent], num_blocks: int) -> list[Section]:
+    """The sections of a data region; both lists are sorted by first block."""
+    sections, low, begin = [], 0, 0
+    for start, length, _ in [*fixed, (num_blocks, 0, 0)]:
+        end = bisect.bisect_left(movable, (start, 0, 0), begin)
+        sections.append(Section(low, start, movable[begin:end]))
+        low, begin = start + length, end
+    return sections
+
+
+def plan_room(sections: list[Section], num_blocks: int, candidates: Iterable[int], need_slot: bool) -> Plan | None:
+    """What to evict, first `candidates` first, and to move, so that `num_blocks` free ones lie together.
+
+    No more is evicted than must be. `need_slot`: at least one entry goes. None if pins make it impossible, which is
+    known before any candidate is looked at. Takes 1 us an extent; about 10 times that where values are pinned and no
+    section gets room enough by evicting alone.
+    """
+    if all(section.high - section.low < num_blocks for section in sections):
+        return None
+    section_of = {
+        slot: (number, length) for number, section in enumerate(sections) for _, length, slot in section.extents
+    }
+    free = [section.num_free for section in sections]
+    total, most = sum(free), max(free)
+    victims: list[int] = []
+    least = -1  # how many victims free enough blocks, wherever these lie
+    queue = iter(candidates)
+    while most < num_blocks or least < 0:
+        if least < 0 and total >= num_blocks and (victims or not need_slot):
+            least = len(victims)
+            continue
+        slot = next(queue, 0)
+        if not slot:
+            return None
+        if slot not in section_of:  # a reader has left it since, without the lock
+            continue
+        victims.append(slot)
+        number, length = section_of[slot]
+        free[number] += length
+        total += length
+        most = max(most, free[number])
+
+    def moves_after(count: int) -> list[Move] | None:
+        gone = set(victims[:count])
+        left = [section.without(gone) for section in sections] if gone else sections
+        return plan_slide(left, num_blocks) if count == len(victims) else plan_exchange(left, num_blocks)
+
+    # Between `least` victims and all of them, which make room in one section, moving entries to other sections may do.
+    enough, step = least, 1
+    while enough < len(victims) and (moves := moves_after(enough)) is None:
+        least, enough, step = enough + 1, min(enough + step, len(victims)), 2 * step
+    while least < enough:
+        middle = (least + enough) // 2
+        if moves_after(middle) is None:
+            least = middle + 1
+        else:
+            enough = middle
+    moves = moves_after(enough)
+    assert moves is not None
+    return victims[:enough], moves
+
+
+def plan_slide(sections: list[Section], num_blocks: int) -> list[Move] | None:
+    """The moves of fewest blocks within one section that bring `num_blocks` free ones together."""
+    best: tuple[int, list[Extent], int] | None = None
+    for low, high, extents in sections:
+        starts = [start for start, _, _ in extents] + [high]
+        ends = [low] + [start + count for start, count, _ in extents]
+        gaps = [start - end for start, end in zip(starts, ends, strict=True)]
+        first = free = cost = 0
+        for last, gap in enumerate(gaps):
+            free += gap
+            if last:
+                cost += extents[last - 1][1]
+            while free - gaps[first] >= num_blocks:
+                free -= gaps[first]
+                cost -= extents[first][1]
+                first += 1
+            if free >= num_blocks and (best is None or cost < best[0]):
+                best = (cost, extents[first:last], ends[first])
+    return None if best is None else slide(best[1], best[2])
+
+
+def slide(extents: list[Extent], low: int) -> list[Move]:
+    """The moves that pack these extents from block `low` on."""
+    moves = []
+    for start, num_blocks, slot in extents:
+        if start != low:
+            moves.append((slot, low))
+        low += num_blocks
+    return moves
+
+
+def plan_exchange(sections: list[Section], num_blocks: int) -> list[Move] | None:
+    """The moves that free `num_blocks` together in one section by moving entries to others; None if none are found.
+
+    Best fit: the smallest entry that is enough alone, else the largest, goes where it leaves the least room.
+    """
+    free = [section.num_free for section in sections]
+    rooms = sorted((room, number) for number, room in enumerate(free) if room)
+    for _, target in sorted(((room, number) for number, room in enumerate(free)), reverse=True):
+        low, high, extents = sections[target]
+        if high - low < num_blocks:
+            continue
+        missing = num_blocks - free[target]
+        room = [item for item in rooms if item[1] != target]
+        remaining = sorted((length, start, slot) for start, length, slot in extents)
+        leaving: dict[int, list[tuple[int, int]]] = {}  # section -> (slot, number of blocks)
+        while missing > 0 and remaining:
+            length, _, slot = remaining.pop(min(bisect.bisect_left(remaining, (missing,)), len(remaining) - 1))
+            fitting = bisect.bisect_left(room, (length,))
+            if fitting < len(room):
+                size, number = room.pop(fitting)
+                bisect.insort(room, (size - length, number))
+                leaving.setdefault(number, []).append((slot, length))
+                missing -= length
+        if missing > 0:
+            continue
+        moves: list[Move] = []
+        for number, arriving in leaving.items():
+            moves += slide(sections[number].extents, sections[number].low)
+            end = sections[number].high - free[number]
+            for slot, length in arriving:
+                moves.append((slot, end))
+                end += length
+        left = {slot for arriving in leaving.values() for slot, _ in arriving}
+        return moves + slide(sections[target].without(left).extents, low)
+    return None
 
 
 # ======================================================================================================================
@@ -1648,6 +1886,10 @@ class Segment:
         self.words[MISSES] = (self.words[MISSES] + misses) & I64_MAX
         self.words[pid] = 0
 
+    def withdraw(self) -> None:
+        """Let the pool count as one that we don't have open, but keep the session."""
+        _record_lock(self.fd, fcntl.F_UNLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLK)
+
     def reopen_after_fork(self) -> None:
         """In a forked child: get locks of our own, and let go of the parent's."""
         inherited = self.fd
@@ -1672,9 +1914,57 @@ class Segment:
         self.ghosts = None
 
 
+class _OwnPid:
+    """What `_mark_process` falls back on: item 0 is true in the process that has set it last. Costs a system call."""
+
+    def __init__(self) -> None:
+        self[0] = 1
+
+    def __getitem__(self, index: int) -> bool:
+        return os.getpid() == self._pid
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._pid = os.getpid()
+
+
+def _mark_process() -> mmap.mmap | _OwnPid:
+    """A mark whose item 0 is true in this process, and false in a child until the child sets it.
+
+    It is a page that the kernel wipes in every forked child (Linux 4.14), also where the fork runs none of Python's
+    hooks, as one in C does. Looking costs 0.04 us; `getpid` costs up to 0.3.
+    """
+    page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        page.madvise(18)  # MADV_WIPEONFORK, which the module `mmap` does not name
+    except OSError:
+        page.close()
+        return _OwnPid()
+    page[0] = 1
+    return page
+
+
+_own_process = _mark_process()
+_adopting = threading.Lock()
+
 # Held while a thread opens, makes or deletes a pool, and by `fork`: a child that inherits a lock file in the middle of
 # that would hold the lock for its whole life.
 _no_fork = threading.RLock()
+_forking: set[int] = set()  # the threads that hold it for a fork
+
+
+def _adopt_pools() -> None:
+    """Give the pools of a forked child locks and sessions of their own.
+
+    Called by the hook of `os.fork`; and before a call touches anything, when the mark shows a fork that ran no hook.
+    """
+    global _no_fork  # noqa: PLW0603  # a lock that a thread of the parent holds can't be freed
+    with _adopting:
+        if not _own_process[0]:
+            _no_fork = threading.RLock()
+            _forking.clear()
+            for pool in _known_pools():
+                pool._after_fork()
+            _own_process[0] = 1
 
 
 def _in_store(store_path: str, work: Callable[[], _R], wait: bool = True) -> _R:
@@ -1699,6 +1989,9 @@ def _in_store(store_path: str, work: Callable[[], _R], wait: bool = True) -> _R:
 # ======================================================================================================================
 # Entry table
 # ======================================================================================================================
+
+
+_NOT_ZERO = re.compile(rb"[^\0]")
 
 
 class EntryTable:
@@ -1808,27 +2101,24 @@ class EntryTable:
         if behind:
             halves[self.record(behind) + R_PREFIX_PREV] = before
 
-    def find_prefix(self, prefix: bytes) -> list[int]:
-        """Slots of the entries with that prefix hash, oldest first. O(their number), but for sorting them.
+    def find_prefix(self, prefix: bytes, budget: int) -> list[int] | None:
+        """Slots of the entries with that prefix hash, oldest first; None if that takes more than `budget` links.
 
-        Those with none are not chained: for them it takes a pass over all.
+        Entries without a prefix hash are not chained: None for the prefix hash "".
         """
         if not prefix:
-            return self._by_age([slot for slot in self.slots(COMPLETE) if not self._lengths(slot)[1]])
+            return None
         prefix_hash = zlib.crc32(prefix)
         slots: list[int] = []
         slot = self.halves[self._prefix_heads + prefix_hash % self.num_slots]
-        for _ in self._every_slot:
+        for _ in range(budget):
             if not slot:
-                return self._by_age(slots[::-1])
+                return slots[::-1]
             record = self.record(slot)
-            if self.halves[record + R_PREFIX_HASH] == prefix_hash and self.texts(slot)[1] == prefix:
+            if self.halves[record + R_PREFIX_HASH] == prefix_hash and self.has_prefix(slot, prefix):
                 slots.append(slot)
             slot = self.halves[record + R_PREFIX_NEXT]
-        raise IndexError
-
-    def _by_age(self, slots: list[int]) -> list[int]:
-        return sorted(slots, key=lambda slot: self.floats[(self.record(slot) >> 1) + W_CREATED])
+        return None
 
     def key(self, slot: int) -> bytes:
         record = self._records + slot * HALVES_PER_RECORD
@@ -1932,24 +2222,94 @@ class EntryTable:
         words = self.words
         return int(words[MISSES] + sum(words[self._misses : self._misses + MAX_SESSIONS].tolist()))
 
-    def clear_pin(self, slot: int, session: int) -> None:
-        """Clear the pin of another session, which has ended."""
-        half = self.record(slot) + R_PINS + (session >> 5)
-        self.halves[half] = self.halves[half] & ~(1 << (session & 31))
+    def set_pin(self, slot: int, session: int, pinned: bool) -> None:
+        """Set or clear the pin of any session."""
+        half, bit = self.record(slot) + R_PINS + (session >> 5), 1 << (session & 31)
+        self.halves[half] = self.halves[half] | bit if pinned else self.halves[half] & ~bit
 
     def end_read(self, session: int) -> None:
-        """The same for what it was reading."""
+        """Clear the word by which a session that has ended pins a slot."""
         self.words[self._reads + session] = 0
 
-    def has_pin(self, slot: int, session: int) -> bool:
-        return bool(self.halves[self.record(slot) + R_PINS + (session >> 5)] >> (session & 31) & 1)
+    def used(self) -> range:
+        """All slots that were ever used."""
+        return range(1, min(max(self.words[TOP_SLOT], 0), self.num_slots) + 1)
 
-    def slots(self, *states: int) -> list[int]:
-        """All slots in one of these states; one pass over the table."""
+    def _bytes_of(self, offset: int, among: range) -> bytes:
+        """The byte at this offset of each of these records: 0.01 us a slot."""
+        first = 4 * self.record(among.start) + offset
+        return self.memory[first : first + len(among) * RECORD_BYTES : RECORD_BYTES]
+
+    def slots(self, *states: int, among: range | None = None) -> list[int]:
+        """The slots in one of these states, of all or of some; one pass over them."""
+        among = self.used() if among is None else among
+        column = self._bytes_of(0, among)
+        if COMPLETE in states:
+            return [slot for slot, state in zip(among, column, strict=True) if state in states]
+        return [among.start + match.start() for match in re.finditer(b"[%b]" % bytes(states), column)]  # few or none
+
+    def pinned_by(self, session: int, among: range) -> list[int]:
+        """Those of some slots that a session pins by a bit in their records; one pass over them."""
+        column, bit = self._bytes_of(4 * R_PINS + (session >> 3), among), 1 << (session & 7)
+        return [among.start + match.start() for match in _NOT_ZERO.finditer(column) if match[0][0] & bit]
+
+    def pinned(self, among: range) -> set[int]:
+        """Those of some slots that any session pins; one pass over them."""
+        top = min(self.words[TOP_SESSION], MAX_SESSIONS)
+        found = set(self.words[self._reads : self._reads + top].tolist()).intersection(among)
+        for byte in range((top + 7) >> 3):
+            matches = _NOT_ZERO.finditer(self._bytes_of(4 * R_PINS + byte, among))
+            found.update(among.start + match.start() for match in matches)
+        return found
+
+    def count(self, state: int, among: range) -> int:
+        """How many of some slots are in a state."""
+        return self._bytes_of(0, among).count(state)
+
+    def layout(self) -> tuple[list[Extent], list[Extent]]:
+        """The extents that can be moved and evicted, by first block; and those in use. One pass, 0.5 us a slot."""
+        among = self.used()
         first = self.record(1)
-        top = min(max(self.words[TOP_SLOT], 0), self.num_slots)
-        column = self.halves[first : first + top * HALVES_PER_RECORD : HALVES_PER_RECORD].tolist()
-        return [slot for slot, state in enumerate(column, 1) if state in states]
+        columns = [
+            self.halves[first + at : first + at + len(among) * HALVES_PER_RECORD : HALVES_PER_RECORD].tolist()
+            for at in (R_START, R_BLOCKS)
+        ]
+        pinned = self.pinned(among)
+        movable: list[Extent] = []
+        fixed: list[Extent] = []
+        for slot, state, start, num_blocks in zip(among, self._bytes_of(0, among), *columns, strict=True):
+            if state == COMPLETE and slot not in pinned:
+                movable.append((start, num_blocks, slot))
+            elif state:
+                fixed.append((start, num_blocks, slot))
+        return sorted(movable), sorted(fixed)
+
+    def chains(self, first: int, budget: int) -> tuple[list[int], int]:
+        """(the slots in the key chains from number `first` on, until they are `budget`; the number of the next chain).
+
+        An overwritten key stays in its chain: a sweep in steps over all chains, the last of which is num_slots - 1,
+        sees every key exactly once that is there throughout.
+        """
+        halves, heads = self.halves, self._key_heads
+        slots: list[int] = []
+        chain = first
+        end = min(first + MAX_CHAINS_A_STEP, self.num_slots)
+        while chain < end and len(slots) < budget:
+            stop = min(chain + 64, end)
+            if self.memory[4 * (heads + chain) : 4 * (heads + stop)].strip(b"\0"):
+                for head in halves[heads + chain : heads + stop].tolist():
+                    slot = head
+                    while slot:
+                        slots.append(slot)
+                        slot = halves[self._records + slot * HALVES_PER_RECORD + R_KEY_NEXT]
+                        if len(slots) > 2 * self.num_slots:  # links that go in a circle
+                            raise IndexError
+            chain = stop
+        return slots, chain
+
+    def has_prefix(self, slot: int, prefix: bytes) -> bool:
+        """Return True if a record has this prefix hash."""
+        return self.texts(slot)[1] == prefix
 
     def damage(self, slot: int) -> str:
         """What makes a record impossible, empty if nothing does. Only stray writes by others can cause it."""
@@ -2381,6 +2741,17 @@ def snapshot_meta(entry: CacheEntry) -> EntryMeta:
 # ======================================================================================================================
 
 _open_pools: weakref.WeakSet[KVCachePool] = weakref.WeakSet()
+# Handles that are closed or garbage, while something made from one of their views lives: they keep their session.
+_lent_out: set[KVCachePool] = set()
+
+
+def _known_pools() -> list[KVCachePool]:
+    """All handles that have not ended."""
+    while True:
+        try:
+            return list({*_open_pools, *_lent_out})
+        except RuntimeError:  # another thread has opened one meanwhile
+            continue
 
 
 def default_store_path() -> str:
@@ -2487,15 +2858,17 @@ def _open_segment(
     return _in_store(store_path, open_or_make)
 
 
-def _wait_for_lock(fd: int) -> None:
-    """Take a lock that somebody has: most often for a few microseconds, a tenth of what falling asleep costs."""
+def _wait_for_lock(fd: int, words: memoryview) -> None:
+    """Take a lock that another thread has: mostly for a few microseconds, a tenth of what falling asleep costs."""
     for _ in range(SPINS):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             continue
+    words[WAITED_FOR] = 1
     fcntl.flock(fd, fcntl.LOCK_EX)
+    words[WAITED_FOR] = 0
 
 
 def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Concatenate[KVCachePool, _P], _R]:
@@ -2519,6 +2892,8 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
 
     @functools.wraps(method)
     def locked(self: KVCachePool, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not _own_process[0]:
+            _adopt_pools()
         with self._mutex:
             if self._is_locked:
                 raise CacheError(
@@ -2529,12 +2904,12 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                 self._is_locked = True  # to the very end: a handler that came in would unlock for us
                 segment = self._segment
                 if segment is None or (self._closing and not ends_something):
-                    raise PoolClosedError(f"pool {self.name!r} is closed: open it again")
+                    raise PoolClosedError.of(self.name)
                 fd = segment.fd
                 try:
                     flock(fd, try_lock)
                 except BlockingIOError:
-                    _wait_for_lock(fd)
+                    _wait_for_lock(fd, segment.words)
                 words = self._words
                 if self._untidy or self._gone_views or words[DIRTY] or words[POLICY] != self._policy:
                     self._recover_locked()
@@ -2542,6 +2917,7 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
             except CacheError:
                 raise
             except (IndexError, ValueError, OverflowError) as error:  # somebody else has written into the index
+                self._untidy.append(0)
                 self._words[DIRTY] = 1
                 raise CorruptionError(
                     f"the index of pool {self.name!r} is damaged; the next call rebuilds it from the records: try again"
@@ -2559,12 +2935,28 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
     return cast("Callable[Concatenate[KVCachePool, _P], _R]", locked)
 
 
+class _ClosedMemory:
+    """Stands for the memory of a closed pool: a call that another thread's `close` overtakes gets PoolClosedError."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        raise PoolClosedError.of(self._name)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise PoolClosedError.of(self._name)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise PoolClosedError.of(self._name)
+
+
 class _ViewRef(weakref.ref):  # type: ignore[type-arg]
     """Tells when the last user of a view has gone."""
 
     __slots__ = ("pool", "token")
     token: int
-    pool: weakref.ref[KVCachePool]  # set once the pool is closed
+    pool: KVCachePool  # set once the handle is closed or garbage
 
 
 def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview]) -> None:
@@ -2574,7 +2966,7 @@ def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview
     callback is C code, is another one. It is called after this one, and until then nobody else changes the word.
     """
     pool = pool_ref()
-    if pool is not None and pool._reader_ref is ref and "_table" in pool.__dict__:
+    if pool is not None and pool._reader_ref is ref and pool._segment is not None and _own_process[0]:
         table = pool._table
         table.read(0)
         with pool._barrier:  # as in `_release_pin`
@@ -2583,23 +2975,23 @@ def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview
 
 
 def _view_gone_after_close(ref: _ViewRef) -> None:
-    """Let go of a closed pool when its last view has gone; not a place to wait for locks, so the way of the dead."""
-    pool = ref.pool()
-    if pool is not None:
-        pool._gone_views.append(ref)
-        if not pool._is_locked and {gone.token for gone in pool._gone_views}.issuperset(pool._holds):
-            pool.__del__()
+    """End the session of a closed handle when its last view has gone; without locks, as for a process that has died."""
+    pool = ref.pool
+    pool._gone_views.append(ref)
+    if not pool._is_locked and {gone.token for gone in pool._gone_views}.issuperset(pool._holds):
+        pool._end_unlocked()
 
 
 class _View:
     """A pinned read-only view of one value."""
 
-    __slots__ = ("_counts", "_key", "_owner", "_pool", "_view", "token")
+    __slots__ = ("_counts", "_is_writable", "_key", "_owner", "_pool", "_view", "token")
 
-    def __init__(self, pool: KVCachePool, key: bytes, counts: bool = True) -> None:
+    def __init__(self, pool: KVCachePool, key: bytes, counts: bool = True, is_writable: bool = False) -> None:
         self._pool = pool
         self._key = key
         self._counts = counts
+        self._is_writable = is_writable
         self.token = 0
         self._view: memoryview | None = None
 
@@ -2607,7 +2999,7 @@ class _View:
         pool = self._pool
         self.token = token = next(pool._tokens)
         try:
-            self._view = view = pool._open_view(self._key, token, self._counts)
+            self._view = view = pool._open_view(self._key, token, self._counts, self._is_writable)
             if view is not None:
                 self._owner: Any = view.obj  # which `view`, released inside the block, would not tell any more
         except BaseException:
@@ -2621,6 +3013,51 @@ class _View:
         if view is not None:
             owner, self._view, self._owner = self._owner, None, None
             self._pool._close_view(self.token, view, owner)
+
+
+class _TensorView(contextlib.AbstractContextManager[Any]):
+    """A pinned array over one value."""
+
+    def __init__(self, pool: KVCachePool, key: bytes, framework: str | None) -> None:
+        self._reader = _View(pool, key, is_writable=True)  # torch warns of memory that it can't write to
+        self._pool = pool
+        self._framework = framework
+
+    def __enter__(self) -> Any:
+        view = self._reader.__enter__()
+        if view is None:
+            return None
+        try:
+            entry = self._pool._describe_held(self._reader.token)
+            return as_tensor(view, entry.dtype, entry.shape, self._framework or entry.framework)
+        except BaseException:
+            del view
+            self._reader.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.__exit__()
+
+
+class _Peek(contextlib.AbstractContextManager["tuple[CacheEntry, memoryview] | None"]):
+    """An entry and its value, pinned, without counting a use."""
+
+    def __init__(self, pool: KVCachePool, key: str) -> None:
+        self._reader = _View(pool, encode_key(key), counts=False)
+        self._pool = pool
+
+    def __enter__(self) -> tuple[CacheEntry, memoryview] | None:
+        view = self._reader.__enter__()
+        if view is None:
+            return None
+        try:
+            return self._pool._describe_held(self._reader.token), view
+        except BaseException:
+            self._reader.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.__exit__()
 
 
 class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
@@ -2656,6 +3093,8 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
         if view is None:
             return
         owner, self._owner = self._owner, None
+        if not _own_process[0]:
+            _adopt_pools()
         if token in pool._holds:  # else this is a forked child, the value is its parent's
             try:
                 if error_type is None:
@@ -2804,6 +3243,8 @@ class KVCachePool:
         Views that are still in use stay readable, and their entries pinned, until they end. A pool that was not made by
         `CacheStore.create` disappears with its last handle.
         """
+        if not _own_process[0]:
+            _adopt_pools()
         with self._mutex:
             if self._segment is None:
                 if self in _open_pools:  # an interrupt has cut the first call short
@@ -2816,12 +3257,19 @@ class KVCachePool:
             if self._gone_views or self._untidy:
                 self._join()
             self._close_if_unused()
-            for token, ref in list(self._view_refs.items()):
-                owner = ref()
-                if owner is not None:
-                    last = _ViewRef(owner, _view_gone_after_close)
-                    last.token, last.pool = token, weakref.ref(self)
-                    self._view_refs[token] = last
+            if self._segment is not None:
+                self._outlive()
+
+    def _outlive(self) -> bool:
+        """Let this handle live on until the last of its views is gone; False if none is left."""
+        for token, ref in list(self._view_refs.items()):
+            owner = ref()
+            if owner is not None:
+                last = _ViewRef(owner, _view_gone_after_close)
+                last.token, last.pool = token, self
+                self._view_refs[token] = last
+                _lent_out.add(self)
+        return self in _lent_out
 
     def unlink(self) -> None:
         """Delete the pool, closed or not; other handles keep what they see until they are closed."""
@@ -2841,12 +3289,6 @@ class KVCachePool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        # No lock is taken here: this may run inside a call to another pool, and waiting could then be for ever. The
-        # kernel tells the others that the session is over; they clear it away as they do for the dead.
-        if getattr(self, "_segment", None) is not None and not sys.is_finalizing():  # then modules may be gone
-            self._shut(wait=False)
-
     def __reduce__(self) -> tuple[Any, ...]:
         """A pool sent to another process is opened there by name."""
         return KVCachePool.attach, (self.name, self.store_path)
@@ -2857,7 +3299,41 @@ class KVCachePool:
 
     def _check_open(self) -> None:
         if self._segment is None or self._closing:
-            raise PoolClosedError(f"pool {self.name!r} is closed: open it again")
+            raise PoolClosedError.of(self.name)
+
+    def __del__(self) -> None:
+        # This may run inside a call to another pool, where waiting for a lock could be for ever: so none is taken.
+        if getattr(self, "_segment", None) is None or sys.is_finalizing():  # then modules may be gone
+            return
+        self._closing = True
+        lent = {token for token, ref in self._view_refs.items() if ref() is not None}
+        for token in self._holds.keys() - lent:
+            del self._holds[token]
+        if not self._outlive():
+            self._end_unlocked()
+
+    def _end(self) -> None:
+        """Close at the end of the process. Memory that a daemon thread still uses is left to the kernel.
+
+        Nobody waits here for a thread that is stuck in a call. Whatever this handle then holds stays held, and mapped,
+        until the process is dead.
+        """
+        if not _own_process[0]:
+            _adopt_pools()
+        self._closing = True  # calls from now on raise PoolClosedError
+        self._reader_ref = None  # its callback may run when modules are gone
+        if not self._mutex.acquire(timeout=ENDING_PATIENCE):
+            return
+        try:
+            if self._segment is None or self._is_locked:
+                return
+            self._unpin_all()
+            self._close_if_unused()
+            if self._segment is not None and self._segment.header.transient:
+                self._segment.withdraw()
+                self._remove_name(wait=False, only_if_unused=True)
+        finally:
+            self._mutex.release()
 
     def _close_if_unused(self) -> None:
         """The second half of `close`, once no view and no copy under way needs the memory."""
@@ -2867,11 +3343,19 @@ class KVCachePool:
             self._leave()
             self._shut(wait=True)
 
+    def _end_unlocked(self) -> None:
+        """End the session without a lock: others see from its lock byte that it is over, as they do for the dead."""
+        if _own_process[0]:
+            self._shut(wait=False)
+        else:
+            _adopt_pools()  # which ends a closed handle of the parent
+
     def _shut(self, wait: bool) -> None:
         segment, self._segment = self._mapped, None
-        # Whatever refers to the memory keeps it mapped.
-        for name in ("_table", "_allocator", "_order", "_memory", "_words"):
-            self.__dict__.pop(name, None)
+        _lent_out.discard(self)
+        self._view_refs.clear()
+        gone: Any = _ClosedMemory(self.name)  # whatever refers to the memory keeps it mapped
+        self._table = self._allocator = self._order = self._memory = self._words = gone
         segment.close()
         if segment.header.transient:
             with contextlib.suppress(CacheError):  # the store is gone, or busy: the next opener or `prune` removes it
@@ -2903,6 +3387,7 @@ class KVCachePool:
         self._gone_views.clear()
         self._reader, self._reader_ref = 0, None
         self._untidy = [0]
+        _lent_out.discard(self)
         if segment is not None and self._closing:  # the views that it waits for are the parent's
             self._shut(wait=False)
         elif segment is not None:
@@ -2963,10 +3448,14 @@ class KVCachePool:
         self._policy = words[POLICY]
 
     def _tidy_locked(self, cut_off: Iterable[int]) -> None:
-        """Forget what these tokens hold, then make our pins and WRITING records agree with what is really held."""
-        table, session = self._table, self._table.session
+        """Forget what these tokens hold, then make our pins and WRITING records agree with what is really held.
+
+        That takes a pass over all records, 0.03 us a slot, only where a slot is not known: after an interrupt inside a
+        call, and not after an error in a block that reads or writes a value.
+        """
+        table = self._table
+        slots = {self._holds.pop(token, 0) for token in cut_off}
         for token in cut_off:
-            self._holds.pop(token, None)
             self._writes.discard(token)
             self._view_refs.pop(token, None)
         if self._reader not in self._holds:
@@ -2975,14 +3464,29 @@ class KVCachePool:
         self._pins = dict(Counter(self._holds[token] for token in bits))
         table.read(self._holds.get(self._reader, 0))
         writing = {self._holds[token] for token in self._writes if token in self._holds}
-        halves = table.halves
+        for among in (table.used(),) if 0 in slots else (range(slot, slot + 1) for slot in slots):
+            self._settle_locked({table.session: (self._pins.keys(), writing)}, among)
+
+    def _settle_locked(
+        self, held: Mapping[int, tuple[Container[int], Container[int]]], among: range | None = None
+    ) -> None:
+        """Let sessions pin and write just what they hold: session -> (slots that it pins, slots that it writes).
+
+        Of all slots, or only of some. What nobody pins or writes any more is freed.
+        """
+        table = self._table
+        for session, (pins, _) in held.items():
+            for slot in table.pinned_by(session, among or table.used()):
+                if slot not in pins:
+                    table.set_pin(slot, session, False)
         stale = []
-        for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
-            if table.has_pin(slot, session) != (slot in self._pins):
-                (table.pin if slot in self._pins else table.unpin)(slot)
+        for slot in table.slots(WRITING, CONDEMNED, among=among):
             record = table.record(slot)
-            abandoned = halves[record] == WRITING and halves[record + R_OWNER] == session and slot not in writing
-            if abandoned or (halves[record] == CONDEMNED and not table.is_pinned(slot)):
+            if table.halves[record] == WRITING:
+                owner = table.halves[record + R_OWNER]
+                if owner in held and slot not in held[owner][1]:
+                    stale.append(slot)
+            elif not table.is_pinned(slot):
                 stale.append(slot)
         self._free_locked(stale)
 
@@ -2999,39 +3503,29 @@ class KVCachePool:
             self._words[NUM_BUSY] -= 1
         self._words[DIRTY] = rebuild_follows
 
-    def _reclaim_locked(self) -> bool:
-        """All that is in nobody's way but has not been given back, O(number of entries). Whether there was any."""
-        return self._reap_locked() | self._free_all_unread_locked()
+    def _reclaim_locked(self, only_signs: bool = False) -> bool:
+        """Free every record that no live session pins or writes; return True if there was any.
 
-    def _reclaim_due_locked(self) -> bool:
-        """What there are signs of, for less: values on their way in, or deleted ones that nobody reads any more."""
-        words = self._words
-        found = words[NUM_BUSY] > len(self._writes) and self._reap_locked()
-        if words[UNREAD]:
-            words[UNREAD] = 0
-            found = self._free_all_unread_locked() or found
+        About 1 us a session; where values are on their way in, or deleted ones are not freed yet, a pass over all
+        records of 0.03 us each. `only_signs`: that pass only where a reader or a dead session has left a sign.
+        """
+        found = self._reap_locked()
+        if self._words[UNREAD] or (not only_signs and self._words[NUM_BUSY] > len(self._writes)):
+            self._words[UNREAD] = 0
+            busy = self._words[NUM_BUSY]
+            self._settle_locked({})
+            found = found or self._words[NUM_BUSY] < busy
         return found
 
     def _reap_locked(self) -> bool:
-        """Reclaim pins and WRITING records of sessions whose process has died. Whether there were such sessions."""
-        segment, table = self._segment, self._table
+        """Free what sessions hold whose process has died; return True if there was such a session."""
+        segment = self._segment
         assert segment is not None
         dead = [number for number in segment.session_pids() if not segment.is_alive(number)]
         if dead:
-            stale = []
             for session in dead:
-                table.end_read(session)
-            for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
-                for session in dead:
-                    if table.has_pin(slot, session):
-                        table.clear_pin(slot, session)
-                record = table.record(slot)
-                state = table.halves[record]
-                if (state == WRITING and table.halves[record + R_OWNER] in dead) or (
-                    state == CONDEMNED and not table.is_pinned(slot)
-                ):
-                    stale.append(slot)
-            self._free_locked(stale)
+                self._table.end_read(session)
+            self._settle_locked(dict.fromkeys(dead, ((), ())))
             for session in dead:
                 segment.forget_session_locked(session)
         return bool(dead)
@@ -3041,7 +3535,7 @@ class KVCachePool:
         words = self._words
         words[DIRTY] = 1
         self._finish_move_locked()
-        self._free_all_unread_locked()
+        self._settle_locked({})
         problems, entries, others = self._sound_records_locked()
         kept = {*entries, *others}
         busy = set(others)
@@ -3092,7 +3586,7 @@ class KVCachePool:
 
     def _read_locked(self, slot: int, token: int) -> None:
         """Pin for as long as a view or a copy lasts."""
-        if self._reader:
+        if self._reader or not LOADS_IN_ORDER:
             return self._pin_locked(slot, token)
         self._holds[token] = slot
         self._reader = token
@@ -3123,12 +3617,6 @@ class KVCachePool:
         """Give back what a deleted value holds, once nobody reads it any more."""
         if self._table.halves[self._table.record(slot)] == CONDEMNED and not self._table.is_pinned(slot):
             self._free_locked([slot])
-
-    def _free_all_unread_locked(self) -> bool:
-        """The same for all, O(their number): readers that have let go, but not had the lock since. Whether any was."""
-        unread = [slot for slot in self._table.slots(CONDEMNED) if not self._table.is_pinned(slot)]
-        self._free_locked(unread)
-        return bool(unread)
 
     @_locked
     def _unpin(self, token: int) -> None:
@@ -3181,11 +3669,10 @@ class KVCachePool:
         and moving what must be; None if pins are in the way, and then nothing has changed."""
         table, words = self._table, self._words
         old = table.find(key)
-        full = not words[FREE_SLOT] and words[TOP_SLOT] == table.num_slots
-        full = full or (not old and words[NUM_ENTRIES] >= self._geometry.max_entries)
+        full = self._is_full_locked(old)
         start = None if full else self._allocator.find_locked(num_blocks)
         if start is None:
-            if self._reclaim_due_locked():
+            if (words[UNREAD] or words[NUM_BUSY] > len(self._writes)) and self._reclaim_locked(only_signs=True):
                 return self._find_room_locked(key, num_blocks)
             start = self._make_room_locked(num_blocks, full, old)
             if start is None:
@@ -3193,6 +3680,12 @@ class KVCachePool:
             if old and table.halves[table.record(old)] != COMPLETE:
                 old = 0
         return start, old
+
+    def _is_full_locked(self, old: int = 0) -> bool:
+        """Return True if a value needs the place of another entry; not one that replaces `old`, if a slot is free."""
+        words = self._words
+        no_slot = not words[FREE_SLOT] and words[TOP_SLOT] == self._table.num_slots
+        return no_slot or (not old and words[NUM_ENTRIES] >= self._geometry.max_entries)
 
     def _reserve_locked(self, key: bytes, size: int, meta: EntryMeta, token: int) -> int:
         """Claim a slot and blocks for a value; 0 if it can't be stored, and then nothing has changed."""
@@ -3211,10 +3704,11 @@ class KVCachePool:
         return slot
 
     def _make_room_locked(self, num_blocks: int, need_slot: bool, old: int) -> int | None:
-        """Evict and move until `num_blocks` lie together; returns where. None: pins are in the way, nothing changed.
+        """Evict and move until `num_blocks` lie together; return where. None: pins are in the way, nothing changed.
 
         Victims go in policy order until enough is free and no further; `old`, the value about to be replaced, goes only
-        when there is no other way. Everything is planned before anything is touched.
+        when there is no other way. Everything is planned before anything is touched. Most often the first victim is
+        large enough; else the plan takes up to 2 us for each entry of the pool.
         """
         table = self._table
         if num_blocks > self._geometry.num_blocks:
@@ -3223,37 +3717,25 @@ class KVCachePool:
         start, length = table.extent(victim)
         must_evict = need_slot or num_blocks > self._geometry.num_blocks - self._words[ALLOCATED]
         if victim and victim != old and must_evict and length >= num_blocks:
-            self._evict_locked((victim,))  # as the loop below would, without its plans: the usual case
+            self._evict_locked((victim,))  # as the plan would have it
             return start
-        for attempt in (1, 2):
-            victims: list[int] = []
-            candidates = self._candidates_locked(old)
-            missing = num_blocks - (self._geometry.num_blocks - self._words[ALLOCATED])
-            moves: list[tuple[int, int]] | None = None
-            while moves is None:
-                if missing <= 0 and not (need_slot and not victims):
-                    if (
-                        victims and max(table.extent(slot)[1] for slot in victims) >= num_blocks
-                    ) or self._allocator.find_locked(num_blocks) is not None:
-                        moves = []
-                    else:
-                        moves = self._plan_moves_locked(num_blocks, victims)
-                if moves is None:
-                    slot = next(candidates, 0)
-                    if not slot:
-                        break
-                    victims.append(slot)
-                    missing -= table.extent(slot)[1]
-            if moves is not None:
-                if old in victims:  # then to the end of the put: who looks without the lock would find neither value
-                    self._words[DIRTY] = 1
-                self._evict_locked(victims)
-                for slot, target in moves:
-                    self._move_locked(slot, target)
-                return self._allocator.find_locked(num_blocks)
-            if attempt == 2 or not self._reclaim_locked():
-                return None
-        return None
+        plan = self._plan_room_locked(num_blocks, need_slot, old)
+        if plan is None and self._reclaim_locked():
+            plan = self._plan_room_locked(num_blocks, need_slot, old)
+        if plan is None:
+            return None
+        victims, moves = plan
+        if old in victims:  # then to the end of the put: a look-up without the lock would find neither value
+            self._words[DIRTY] = 1
+        self._evict_locked(victims)
+        for slot, target in moves:
+            self._move_locked(slot, target)
+        return self._allocator.find_locked(num_blocks)
+
+    def _plan_room_locked(self, num_blocks: int, need_slot: bool, old: int) -> Plan | None:
+        movable, fixed = self._table.layout()
+        sections = cut_sections(movable, fixed, self._geometry.num_blocks)
+        return plan_room(sections, num_blocks, self._candidates_locked(old), need_slot)
 
     def _candidates_locked(self, last: int = 0) -> Iterator[int]:
         """Slots that may be evicted, next victim first; the slot `last` comes last."""
@@ -3263,85 +3745,6 @@ class KVCachePool:
                 yield slot
         if last and not is_pinned(last):
             yield last
-
-    def _plan_moves_locked(self, num_blocks: int, victims: Iterable[int]) -> list[tuple[int, int]] | None:
-        """(slot, new start) in order, after which `num_blocks` free ones lie together once `victims` are gone.
-
-        Entries in use can't move; they cut the data region into sections. If one has enough free blocks, the cheapest
-        stretch of entries in it slides together. Else entries leave one section for others. None if no plan was found.
-        """
-        sections = self._sections_locked(victims)
-        best: tuple[int, list[tuple[int, int]]] | None = None
-        for low, high, extents in sections:
-            starts = [start for start, _, _ in extents] + [high]
-            ends = [low] + [start + count for start, count, _ in extents]
-            gaps = [start - end for start, end in zip(starts, ends, strict=True)]
-            first = free = cost = 0
-            for last, gap in enumerate(gaps):
-                free += gap
-                if last:
-                    cost += extents[last - 1][1]
-                while free - gaps[first] >= num_blocks:
-                    free -= gaps[first]
-                    cost -= extents[first][1]
-                    first += 1
-                if free >= num_blocks and (best is None or cost < best[0]):
-                    best = (cost, _slide(extents[first:last], ends[first]))
-        if best is not None:
-            return best[1]
-
-        def free_in(section: tuple[int, int, list[tuple[int, int, int]]]) -> int:
-            return section[1] - section[0] - sum(count for _, count, _ in section[2])
-
-        for target in sorted(sections, key=free_in, reverse=True):
-            low, high, extents = target
-            if high - low < num_blocks:
-                continue
-            missing = num_blocks - free_in(target)
-            room = {index: free_in(other) for index, other in enumerate(sections) if other is not target}
-            leaving: list[tuple[int, int]] = []  # (slot, section)
-            remaining = sorted(extents, key=lambda extent: extent[1])
-            while missing > 0 and remaining:
-                # The smallest that is enough alone, else the largest; into the section that it fills best.
-                extent = next((extent for extent in remaining if extent[1] >= missing), remaining[-1])
-                remaining.remove(extent)
-                fitting = [index for index, free in room.items() if free >= extent[1]]
-                if fitting:
-                    index = min(fitting, key=room.__getitem__)
-                    room[index] -= extent[1]
-                    leaving.append((extent[2], index))
-                    missing -= extent[1]
-            if missing > 0:
-                continue
-            moves = []
-            for index in {index for _, index in leaving}:
-                other_low, _, others = sections[index]
-                moves += _slide(others, other_low)
-                end = other_low + sum(count for _, count, _ in others)
-                for slot, where in leaving:
-                    if where == index:
-                        moves.append((slot, end))
-                        end += self._table.extent(slot)[1]
-            left = {slot for slot, _ in leaving}
-            return moves + _slide([extent for extent in extents if extent[2] not in left], low)
-        return None
-
-    def _sections_locked(self, victims: Iterable[int] = ()) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
-        """(first block, end, [(start, number of blocks, slot)]) between entries that can't move, victims left out."""
-        table = self._table
-        ignored = set(victims)
-        sections, low = [], 0
-        movable: list[tuple[int, int, int]] = []
-        for start, num_blocks, slot in sorted(
-            (*table.extent(slot), slot) for slot in table.slots(WRITING, COMPLETE, CONDEMNED) if slot not in ignored
-        ):
-            if table.halves[table.record(slot)] == COMPLETE and not table.is_pinned(slot):
-                movable.append((start, num_blocks, slot))
-            else:
-                sections.append((low, start, movable))
-                low, movable = start + num_blocks, []
-        sections.append((low, self._geometry.num_blocks, movable))
-        return sections
 
     def _move_locked(self, slot: int, target: int) -> None:
         """Move an entry's blocks. Its record points to the old place until all is copied.
@@ -3635,22 +4038,23 @@ class KVCachePool:
         try:
             words = self._words
             changes: int = words[CHANGES]
-            if LOADS_IN_ORDER and not (words[DIRTY] or self._untidy or self._gone_views or self._closing):
+            unchanged = not (words[DIRTY] or self._untidy or self._gone_views or self._closing)
+            if unchanged and LOADS_IN_ORDER and _own_process[0]:
                 slot = self._table.find(key)
                 if not words[DIRTY] and words[CHANGES] == changes:
                     return slot, changes
-        except (AttributeError, IndexError, ValueError):  # closed by another thread, or led astray by a change
+        except (PoolClosedError, IndexError, ValueError):  # closed by another thread, or led astray by a change
             pass
         return 0, -1
 
     def _count_miss(self) -> bool:
         """Count a miss without the lock; False if that can't be done, or the pool also records accesses."""
-        with self._mutex:
+        with self._mutex:  # not a lock of the parent's: `_look_up` has just looked
             if self._segment is None or self._closing or self._untidy or self._is_locked or self._recorded:
                 return False
             try:
                 self._table.count_miss()
-            except (AttributeError, ValueError):  # a signal handler has just closed the pool
+            except (PoolClosedError, ValueError):  # a signal handler has just closed the pool
                 return False
             return True
 
@@ -3726,12 +4130,12 @@ class KVCachePool:
         return _View(self, encode_key(key))
 
     @_locked
-    def _open_view(self, key: bytes, token: int, counts: bool) -> memoryview | None:
+    def _open_view(self, key: bytes, token: int, counts: bool, is_writable: bool) -> memoryview | None:
         slot = self._use_locked(key) if counts else self._table.find(key)
-        if not slot:
+        segment = self._segment
+        if not slot or segment is None:
             return None
-        assert self._segment is not None
-        view = self._lend(self._segment.read_only, *self._table.place(slot), token)
+        view = self._lend(segment.buffer if is_writable else segment.read_only, *self._table.place(slot), token)
         self._read_locked(slot, token)
         return view
 
@@ -3749,6 +4153,8 @@ class KVCachePool:
         return memoryview(PickleBuffer(owner))
 
     def _close_view(self, token: int, view: memoryview, owner: memoryview) -> None:
+        if not _own_process[0]:
+            _adopt_pools()
         if _take_back(view, owner):
             if token in self._holds:
                 self._release_pin(token)
@@ -3817,22 +4223,16 @@ class KVCachePool:
                 return None
             return tensor.clone() if hasattr(tensor, "clone") else tensor.copy()
 
-    @contextlib.contextmanager
-    def view_tensor(self, key: str, framework: str | None = None) -> Iterator[Any]:
+    def view_tensor(self, key: str, framework: str | None = None) -> contextlib.AbstractContextManager[Any]:
         """Context manager giving a value in place, as `get_tensor` gives a copy; None on a miss.
 
-        Read-only: numpy enforces that. torch can't; and a tensor must not be used after the block.
+        The entry is pinned inside the block, and for as long as the array or tensor lives. Read-only: numpy enforces
+        that. torch can't.
         """
         self._check_open()
         if framework is not None and framework not in ("numpy", "torch"):
             raise InvalidArgumentError(f"framework {_show(framework)} must be numpy or torch")
-        reader = _View(self, encode_key(key))
-        with reader as view:
-            if view is None:
-                yield None
-            else:
-                entry = self._describe_held(reader.token)
-                yield as_tensor(view, entry.dtype, entry.shape, framework or entry.framework)
+        return _TensorView(self, encode_key(key), framework)
 
     # --- paths -------------------------------------------------------------------------------------------------------
 
@@ -3884,7 +4284,7 @@ class KVCachePool:
         opened = []
         for number, slot in enumerate(path):
             entry = self._entry_locked(slot)
-            view = self._lend(self._segment.read_only, entry.offset, entry.size, token + number)
+            view = self._lend(self._segment.buffer, entry.offset, entry.size, token + number)
             self._pin_locked(slot, token + number)
             opened.append((view, entry, self._table.halves[self._table.record(slot) + R_CHECKSUM]))
         return opened
@@ -3924,37 +4324,83 @@ class KVCachePool:
     def delete(self, key: str) -> bool:
         """Remove an entry; False if there is none. Who reads it just then may finish."""
         slot = self._table.find(encode_key(key))
-        if not slot:
-            return False
+        if slot:
+            self._delete_locked(slot)
+        return bool(slot)
+
+    def _delete_locked(self, slot: int) -> None:
         self._words[DIRTY] = 1
         self._drop_locked(slot)
         self._words[DIRTY] = 0
-        return True
 
-    @_locked
     def clear(self) -> int:
-        """Remove all entries; returns how many. Statistics stay."""
-        slots = self._table.slots(COMPLETE)
-        for slot in slots:
-            self._words[DIRTY] = 1
-            self._drop_locked(slot)
-            self._words[DIRTY] = 0
-        return len(slots)
+        """Remove all entries; returns how many. Statistics stay.
 
-    @_locked
+        Works in steps, between which others get the lock: an entry that is put meanwhile may stay.
+        """
+        return len(self._sweep(self._delete_locked))
+
     def evict(self, percent: float) -> int:
         """Evict that share of the entries (0 to 100, rounded down to whole entries) in policy order; returns how many.
 
-        Pinned entries are passed over.
+        Pinned entries are passed over. Works in steps, between which others get the lock.
         """
         if isinstance(percent, bool) or not isinstance(percent, (int, float)) or not 0 <= percent <= 100:
             raise InvalidArgumentError(f"percent {_show(percent)} must be a number from 0 to 100")
-        wanted = int(self._words[NUM_ENTRIES] * percent / 100)
+        wanted = int(self._count() * percent / 100)
+        evicted = 0
+        while evicted < wanted and (count := self._evict_step(min(wanted - evicted, ENTRIES_A_STEP))):
+            evicted += count
+            if evicted < wanted:
+                self._give_way()
+        return evicted
+
+    @_locked
+    def _evict_step(self, wanted: int) -> int:
         victims = list(itertools.islice(self._candidates_locked(), wanted))
         if len(victims) < wanted and self._reap_locked():
             victims = list(itertools.islice(self._candidates_locked(), wanted))
         self._evict_locked(victims)
         return len(victims)
+
+    # --- in steps ----------------------------------------------------------------------------------------------------
+
+    def _sweep(self, work: Callable[[int], _R]) -> list[_R]:
+        """What `work` returns for the slot of each entry, under the lock, which others get in between.
+
+        An entry that is there throughout is seen exactly once, also if it is overwritten meanwhile. The results are as
+        of slightly different moments.
+        """
+        found: list[_R] = []
+        chain, end = 0, self._geometry.num_slots
+        while chain < end:
+            if chain:
+                self._give_way()
+            some, chain = self._sweep_step(chain, work)
+            found += some
+        return found
+
+    @_locked
+    def _sweep_step(self, chain: int, work: Callable[[int], _R]) -> tuple[list[_R], int]:
+        slots, chain = self._table.chains(chain, ENTRIES_A_STEP)
+        return [work(slot) for slot in slots], chain
+
+    def _give_way(self) -> None:
+        """Let others have the lock between two steps. A waiter that was stopped or killed is not waited for long."""
+        time.sleep(STEP_PAUSE)
+        for _ in range(MAX_PAUSES):
+            if not self._words[WAITED_FOR]:
+                return
+            time.sleep(STEP_PAUSE)
+        self._words[WAITED_FOR] = 0
+
+    def _ranges(self) -> Iterator[range]:
+        """All slots that were ever used, so many at a time as may be passed over under one lock."""
+        end = self._table.used().stop
+        for begin in range(1, end, SLOTS_A_STEP):
+            if begin > 1:
+                self._give_way()
+            yield range(begin, min(begin + SLOTS_A_STEP, end))
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -3981,25 +4427,46 @@ class KVCachePool:
     def __bool__(self) -> bool:
         return True  # an empty pool is still a pool
 
-    @_locked
     def find_by_prefix(self, prefix_hash: str) -> list[CacheEntry]:
-        """The entries stored with that prefix hash, oldest first. Cost: their number, not the pool's."""
-        if not isinstance(prefix_hash, str):
-            raise InvalidArgumentError(
-                f"prefix_hash {_show(prefix_hash)} is a {type(prefix_hash).__name__}, it must be a str"
-            )
-        prefix = prefix_hash.encode(errors="surrogatepass")
-        return [self._entry_locked(slot) for slot in self._table.find_prefix(prefix)]
+        """The entries stored with that prefix hash, oldest first.
+
+        Cost: their number, not the pool's, up to a thousand; beyond that, or for the prefix hash "", a pass over all
+        entries in steps, between which others get the lock.
+        """
+        prefix = _encode_prefix(prefix_hash)
+
+        def describe(slot: int) -> CacheEntry | None:
+            return self._entry_locked(slot) if self._table.has_prefix(slot, prefix) else None
+
+        found = self._find_prefix(prefix)
+        if found is None:
+            found = [entry for entry in self._sweep(describe) if entry is not None]
+        return sorted(found, key=lambda entry: entry.created_at)
+
+    def count_by_prefix(self, prefix_hash: str) -> int:
+        """How many entries were stored with that prefix hash; for less than `find_by_prefix` costs, else the same."""
+        prefix = _encode_prefix(prefix_hash)
+        return sum(self._sweep(lambda slot: self._table.has_prefix(slot, prefix)))
+
+    @_locked
+    def _find_prefix(self, prefix: bytes) -> list[CacheEntry] | None:
+        slots = self._table.find_prefix(prefix, ENTRIES_A_STEP)
+        return None if slots is None else [self._entry_locked(slot) for slot in slots]
 
     @_locked
     def _describe(self, key: bytes) -> CacheEntry | None:
         slot = self._table.find(key)
         return self._entry_locked(slot) if slot else None
 
-    @_locked
     def _describe_all(self) -> list[CacheEntry]:
-        """All entries, next victim first."""
-        return [self._entry_locked(slot) for slot in self._order.victims_locked()]
+        """All entries, next victim first; noted in steps, between which others get the lock."""
+        noted = self._sweep(lambda slot: (self._order.note_locked(slot), self._entry_locked(slot)))
+        entries = {note[2]: entry for note, entry in noted}
+        return [entries[slot] for slot in in_victim_order((note for note, _ in noted), self._waste_now())]
+
+    @_locked
+    def _waste_now(self) -> Callable[[int, int, int, int], float] | None:
+        return self._order.waste_now_locked() if self._order.is_adaptive else None
 
     @_locked
     def _count(self) -> int:
@@ -4028,18 +4495,51 @@ class KVCachePool:
             framework,
         )
 
-    @_locked
     def can_allocate(self, size: int) -> bool:
-        """Whether `allocate` of so many bytes would succeed now, evicting others if need be."""
+        """Whether `allocate` of so many bytes would succeed now, evicting others if need be.
+
+        Works in steps, between which others get the lock.
+        """
         num_blocks = self._geometry.blocks_for(check_int("size", size, 0))
-        self._reclaim_locked()
-        if self._words[NUM_ENTRIES] >= self._geometry.max_entries and next(self._candidates_locked(), 0) == 0:
-            return False
-        return any(high - low >= num_blocks for low, high, _ in self._sections_locked())
+        need_slot = self._needs_slot()
+        fixed: list[Extent] = []
+        for among in self._ranges():
+            some, evictable = self._fixed(among)
+            fixed += some
+            need_slot = need_slot and not evictable
+        sections = cut_sections([], sorted(fixed), self._geometry.num_blocks)
+        return not need_slot and any(section.num_free >= num_blocks for section in sections)
 
     @_locked
+    def _needs_slot(self) -> bool:
+        """Whether a new entry needs the place of another one."""
+        self._reclaim_locked()
+        return self._is_full_locked()
+
+    @_locked
+    def _fixed(self, among: range) -> tuple[list[Extent], bool]:
+        """(the extents in use of some slots; whether any of them could be evicted)."""
+        table = self._table
+        pinned = [slot for slot in table.pinned(among) if table.halves[table.record(slot)] == COMPLETE]
+        busy = table.slots(WRITING, CONDEMNED, among=among)
+        return [(*table.extent(slot), slot) for slot in pinned + busy], table.count(COMPLETE, among) > len(pinned)
+
     def get_stats(self) -> dict[str, Any]:
-        """Size, use, hits and more; see the README for every key. Reclaims what dead processes left."""
+        """Size, use, hits and more; see the README for every key. Reclaims what dead processes left.
+
+        The pinned entries are counted in steps, between which others get the lock.
+        """
+        stats = self._count_all()
+        stats["pinned_entries"] = sum(map(self._count_pinned, self._ranges()))
+        return stats
+
+    @_locked
+    def _count_pinned(self, among: range) -> int:
+        halves, record = self._table.halves, self._table.record
+        return sum(halves[record(slot)] == COMPLETE for slot in self._table.pinned(among))
+
+    @_locked
+    def _count_all(self) -> dict[str, Any]:
         assert self._segment is not None
         self._reclaim_locked()
         geometry, words = self._geometry, self._words
@@ -4066,7 +4566,7 @@ class KVCachePool:
             "hit_rate": hits / (hits + misses) if hits + misses else 0.0,
             "puts": words[PUTS],
             "evictions": words[EVICTIONS],
-            "pinned_entries": sum(map(self._table.is_pinned, self._table.slots(COMPLETE))),
+            "pinned_entries": 0,
             "largest_free_run": largest,
             "fragmentation": 1 - largest / free if free else 0.0,
             "attached_pids": sorted(set(self._segment.session_pids().values())),
@@ -4125,6 +4625,7 @@ class KVCachePool:
         reclaimed first. Holds the lock throughout: about a second for 100,000 entries.
         """
         self._reclaim_locked()
+        self._settle_locked({})
         table, order = self._table, self._order
         problems, entries, others = self._sound_records_locked()
         problems += table.check(entries, sorted(others))
@@ -4148,26 +4649,34 @@ class KVCachePool:
     def defragment(self) -> int:
         """Move entries that nobody uses together, so that free blocks are too; returns how many entries moved.
 
-        Works in steps of up to 64 MiB, between which others get the lock.
+        Works in steps of up to 4 MiB, or one larger entry, between which others get the lock.
         """
-        moved = 0
-        while step := self._defragment_step(64 << 20):
-            moved += step
+        slots = [slot for _, slot in sorted(self._sweep(lambda slot: (self._table.extent(slot), slot)))]
+        moved = done = 0
+        while done < len(slots):
+            if done:
+                self._give_way()
+            count, done = self._defragment_step(slots, done)
+            moved += count
         return moved
 
     @_locked
-    def _defragment_step(self, max_bytes: int) -> int:
-        budget = max_bytes // self._geometry.block_size
-        moved = 0
+    def _defragment_step(self, slots: Sequence[int], begin: int) -> tuple[int, int]:
+        """(how many of these slots, from number `begin` on, were moved to the left; the number of the next one)."""
+        table, moved, budget = self._table, 0, STEP_BYTES // self._geometry.block_size
         self._reap_locked()
-        for low, _, extents in self._sections_locked():
-            for slot, target in _slide(extents, low):
-                if budget <= 0:
-                    return moved
-                self._move_locked(slot, target)
-                budget -= self._table.extent(slot)[1]
-                moved += 1
-        return moved
+        for number in range(begin, min(begin + ENTRIES_A_STEP, len(slots))):
+            slot = slots[number]
+            if table.halves[table.record(slot)] == COMPLETE and not table.is_pinned(slot):
+                start, num_blocks = table.extent(slot)
+                gap = self._allocator.free_before_locked(start)
+                if gap:
+                    if moved and num_blocks > budget:
+                        return moved, number
+                    self._move_locked(slot, start - gap)
+                    budget -= num_blocks
+                    moved += 1
+        return moved, min(begin + ENTRIES_A_STEP, len(slots))
 
     # --- snapshots ---------------------------------------------------------------------------------------------------
 
@@ -4189,14 +4698,7 @@ class KVCachePool:
         parent = os.path.dirname(os.path.abspath(path))
         with _os_errors(f"make the directory {parent}"):
             os.makedirs(parent, exist_ok=True)
-        return write_snapshot(path, self._config, self._describe_all(), self._peek, progress)
-
-    @contextlib.contextmanager
-    def _peek(self, key: str) -> Iterator[tuple[CacheEntry, memoryview] | None]:
-        """An entry and its value, pinned, without counting a use."""
-        reader = _View(self, encode_key(key), counts=False)
-        with reader as view:
-            yield None if view is None else (self._describe_held(reader.token), view)
+        return write_snapshot(path, self._config, self._describe_all(), functools.partial(_Peek, self), progress)
 
     @_locked
     def _describe_held(self, token: int) -> CacheEntry:
@@ -4274,14 +4776,13 @@ class KVCachePool:
         return True
 
 
-def _slide(extents: list[tuple[int, int, int]], low: int) -> list[tuple[int, int]]:
-    """(slot, new start) for packing these (start, number of blocks, slot) to the left, from block `low` on."""
-    moves = []
-    for start, num_blocks, slot in extents:
-        if start != low:
-            moves.append((slot, low))
-        low += num_blocks
-    return moves
+def _encode_prefix(prefix_hash: str) -> bytes:
+    """The UTF-8 bytes of a prefix hash to look for."""
+    if not isinstance(prefix_hash, str):
+        raise InvalidArgumentError(
+            f"prefix_hash {_show(prefix_hash)} is a {type(prefix_hash).__name__}, it must be a str"
+        )
+    return prefix_hash.encode(errors="surrogatepass")
 
 
 def _take_back(view: memoryview, owner: memoryview) -> bool:
@@ -4358,8 +4859,12 @@ def tensor_parts(tensor: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
     )
 
 
-def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: str) -> Any:
-    """An array over `view`: of torch if `framework` says so, or if numpy lacks the dtype; else of numpy."""
+def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: str, is_writable: bool = False) -> Any:
+    """An array over `view`: of torch if `framework` says so, or if numpy lacks the dtype; else of numpy.
+
+    It keeps the view's memory in use for as long as it lives. For torch, which knows no read-only memory and warns of
+    it, the view must be writable; an array of numpy is so only if `is_writable` says so.
+    """
     if not dtype:
         dtype, shape = "U8", (len(view),)
     if framework not in FRAMEWORKS:
@@ -4370,15 +4875,12 @@ def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: s
             f"{framework or 'numpy'} has no {dtype}: use framework='torch', or view for its bytes"
         )
     if framework in ("torch", "transformers") or name not in _NUMPY_DTYPES:
-        import warnings
-
         torch = _library("torch")
-        with warnings.catch_warnings():  # that the buffer is read-only is known
-            warnings.simplefilter("ignore")
-            if not len(view):
-                return torch.empty(shape, dtype=getattr(torch, name))
-            return torch.frombuffer(view, dtype=getattr(torch, name)).view(shape)
-    return _library("numpy").frombuffer(view, dtype=name).reshape(shape)
+        if not len(view):
+            return torch.empty(shape, dtype=getattr(torch, name))
+        # By way of numpy: a tensor of `frombuffer` does not keep a view from being released.
+        return torch.from_numpy(_library("numpy").frombuffer(view, "u1")).view(getattr(torch, name)).view(shape)
+    return _library("numpy").frombuffer(view if is_writable else view.toreadonly(), dtype=name).reshape(shape)
 
 
 def restore_snapshot(
@@ -4447,24 +4949,34 @@ def restore_snapshot(
         return pool, sum(key in pool for key in stored), snapshot.num_described
 
 
-def _after_fork() -> None:
-    _no_fork.release()
-    for pool in list(_open_pools):
-        pool._after_fork()
-
-
 @atexit.register
-def _close_all() -> None:
-    """Transient pools end with their last process; with views still in use too, which end with it."""
-    for pool in list(_open_pools):
+def _end_all() -> None:
+    """Close all pools at the end of the process, transient ones with their last process."""
+    print_error = threading.excepthook
+
+    def hide_closed(args: threading.ExceptHookArgs) -> None:
+        """Print nothing for a daemon thread that calls a pool now; it could do nothing about it."""
+        if not issubclass(args.exc_type, PoolClosedError):
+            print_error(args)
+
+    threading.excepthook = hide_closed
+    for pool in _known_pools():
         with contextlib.suppress(CacheError):
-            pool.close()
-        pool._holds.clear()
-        pool.__del__()
+            pool._end()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_after_fork)
+def _before_fork() -> None:
+    _no_fork.acquire()
+    _forking.add(threading.get_ident())
+
+
+def _after_fork_in_parent() -> None:
+    if threading.get_ident() in _forking:  # else an extension calls this hook without the one before it
+        _forking.discard(threading.get_ident())
+        _no_fork.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_adopt_pools)
 
 
 # ======================================================================================================================
@@ -4723,7 +5235,7 @@ class PrefixCache:
         step = self.block_size
 
         def write(number: int, target: memoryview) -> None:
-            as_tensor(target, dtype, shape, framework)[...] = kv[:, :, :, number * step : (number + 1) * step]
+            as_tensor(target, dtype, shape, framework, True)[...] = kv[:, :, :, number * step : (number + 1) * step]
 
         size = math.prod(shape) * DTYPE_BYTES[dtype]
         return self._insert(hashes, [(size, dtype, shape, framework)] * len(hashes), write, priority)
@@ -4786,7 +5298,7 @@ class PrefixCache:
             counts = dict(self._counts)
         requested = counts["tokens_requested"]
         rate = counts["tokens_hit"] / requested if requested else 0.0
-        return {**counts, "hit_rate": rate, "blocks": len(self.pool.find_by_prefix(self._prefix_hash))}
+        return {**counts, "hit_rate": rate, "blocks": self.pool.count_by_prefix(self._prefix_hash)}
 
     def _count(self, **changes: int) -> None:
         with self._lock:
