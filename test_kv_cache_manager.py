@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import gc
 import gzip
 import hashlib
 import importlib.util
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -3123,6 +3125,755 @@ class TestManyHandles:
             assert [entry.key for entry in pool.find_by_prefix("p")] == ["c"]
             stats = pool.get_stats()
             assert (stats["hits"], stats["puts"]) == (2, 3)
+
+
+class TestOutliving:
+    """Memory that a view has shown stays true and pinned while anything made from it lives, and no longer."""
+
+    @staticmethod
+    def fits(keeper: KVCachePool) -> bool:
+        """Whether a value finds room that needs every block of the pool of 4."""
+        stored = keeper.put("all", bytes(4 * BLOCK_SIZE))
+        keeper.delete("all")
+        return stored
+
+    def check(self, keeper: KVCachePool, kept: list[Any], show: Callable[[Any], bytes] = bytes) -> None:
+        assert show(kept[0]) == payload("k", 4 * BLOCK_SIZE)
+        assert not self.fits(keeper)
+        assert show(kept[0]) == payload("k", 4 * BLOCK_SIZE)
+        kept.clear()
+        assert self.fits(keeper)
+        assert not kv._lent_out
+        assert keeper.get_stats()["attached_pids"] == [os.getpid()]
+        assert_sound(keeper)
+
+    @pytest.mark.parametrize("end", ["with", "close", "dropped", "never entered", "collected"])
+    def test_a_slice_of_a_view_outlives_its_handle(self, end: str) -> None:
+        def use() -> Any:
+            pool = KVCachePool.attach("pool")
+            if end == "never entered":
+                return [pool.view("k").__enter__()]
+            with pool.view("k") as view:
+                part = view[:]
+            if end == "with":
+                with pool:
+                    pass
+            elif end == "close":
+                pool.close()
+            elif end == "collected":
+                pool.myself = pool  # type: ignore[attr-defined]
+            return [part]
+
+        with make_pool(4) as keeper:
+            keeper.put("k", payload("k", 4 * BLOCK_SIZE))
+            kept = use()
+            gc.collect()
+            self.check(keeper, kept)
+
+    @pytest.mark.parametrize("way", ["frombuffer", "view_tensor"])
+    def test_an_array_outlives_its_handle(self, way: str) -> None:
+        numpy = pytest.importorskip("numpy")
+
+        def use() -> Any:
+            with KVCachePool.attach("pool") as pool:
+                if way == "view_tensor":
+                    with pool.view_tensor("k") as array:
+                        return [array[1:][:0], array]
+                with pool.view("k") as view:
+                    return [numpy.frombuffer(view, "u1")]
+
+        with make_pool(4) as keeper:
+            keeper.put("k", payload("k", 4 * BLOCK_SIZE))
+            kept = use()
+            assert not kept[-1].flags.writeable
+            self.check(keeper, kept[-1:] if way == "frombuffer" else kept[1:] and [kept.pop()], lambda a: a.tobytes())
+
+    def test_a_torch_tensor_outlives_its_handle(self) -> None:
+        torch_or_skip()
+
+        def use() -> Any:
+            with KVCachePool.attach("pool") as pool, pool.view_tensor("k", "torch") as tensor:
+                return [tensor.reshape(2, -1)]
+
+        with make_pool(4) as keeper:
+            keeper.put("k", payload("k", 4 * BLOCK_SIZE))
+            self.check(keeper, use(), lambda tensor: tensor.numpy().tobytes())
+
+    def test_what_is_made_from_a_reservation_too(self) -> None:
+        def use() -> Any:
+            with KVCachePool.attach("pool") as pool, pool.reserve("k", 4 * BLOCK_SIZE) as view:
+                view[:] = payload("k", 4 * BLOCK_SIZE)
+                return [view[:]]
+
+        with make_pool(4) as keeper:
+            self.check(keeper, use())
+
+    def test_of_several_views_the_last_one_ends_the_session(self) -> None:
+        with make_pool(4) as keeper:
+            for key in "abcd":
+                keeper.put(key, payload(key, BLOCK_SIZE))
+            pool = KVCachePool.attach("pool")
+            pool.pin("d")  # ends with the handle
+            kept = {key: pool.view(key).__enter__() for key in "abc"}
+            del pool
+            for key in "bac":
+                assert len(kv._lent_out) == 1
+                assert keeper.get_stats()["attached_pids"] == [os.getpid()]
+                assert {each: bytes(view) for each, view in kept.items()} == {
+                    each: payload(each, BLOCK_SIZE) for each in kept
+                }
+                del kept[key]
+            assert not kv._lent_out
+            assert self.fits(keeper)
+
+    def test_a_transient_pool_goes_with_the_last_view(self) -> None:
+        pool = make_pool()
+        path = pool._path
+        pool.put("k", b"value")
+        view = pool.view("k").__enter__()
+        del pool
+        assert os.path.exists(path)
+        assert bytes(view) == b"value"
+        del view
+        assert not os.path.exists(path)
+
+    def test_a_view_that_dies_in_a_cycle_with_its_handle(self) -> None:
+        pool = make_pool()
+        path = pool._path
+        pool.put("k", b"value")
+        pool.cycle = [pool, pool.view("k").__enter__()]  # type: ignore[attr-defined]
+        del pool
+        gc.collect()
+        assert not os.path.exists(path)
+        assert not kv._lent_out
+
+    def test_no_handle_and_no_frame_is_kept_by_errors(self) -> None:
+        """From Python 3.12 on, generator context managers leave cycles behind that only a collection breaks."""
+
+        class Local:
+            pass
+
+        def fail(use: Callable[[KVCachePool], Any]) -> weakref.ref[Local]:
+            local = Local()
+            pool = KVCachePool.attach("pool")
+            with contextlib.suppress(CacheError, RuntimeError):
+                use(pool)
+            return weakref.ref(local)
+
+        def raise_in(manager: Any) -> None:
+            with manager:
+                raise RuntimeError
+
+        uses: list[Callable[[KVCachePool], Any]] = [
+            lambda pool: raise_in(pool.view("k")),
+            lambda pool: raise_in(pool.reserve("new", 10)),
+            lambda pool: raise_in(pool.view_tensor("k")),
+            lambda pool: KVCachePool.attach("absent"),
+            lambda pool: make_pool(blocks=20),
+            lambda pool: CacheStore().create(make_config()),
+            lambda pool: CacheStore("/proc/none").create(make_config()),
+            lambda pool: pool.persist("/proc/none/file"),
+            lambda pool: KVCachePool.restore("/dev/null"),
+            lambda pool: kv.model_fingerprint("/proc/none"),
+            lambda pool: pool.put("k", [object()]),
+        ]
+        if importlib.util.find_spec("numpy"):
+            uses.append(lambda pool: raise_in(pool.view_tensor("k", "numpy")))
+        with make_pool() as keeper:
+            keeper.put("k", b"value")
+            gc.collect()
+            gc.disable()
+            try:
+                for number, use in enumerate(uses):
+                    assert fail(use)() is None, number
+                    assert len(kv._open_pools) == 1, number
+                    assert keeper.get_stats()["pinned_entries"] == 0, number
+            finally:
+                gc.enable()
+
+
+class TestForks:
+    """A child must not use its parent's lock and session, whether or not Python's hooks run at the fork."""
+
+    @staticmethod
+    def fork_in_c(work: Callable[[], None], hook: bool = False) -> int:
+        """As `in_child`, but the fork is one that Python does not know of."""
+        import ctypes
+
+        pid = ctypes.PyDLL(None).fork()
+        if pid:
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        try:
+            if hook:
+                ctypes.pythonapi.PyOS_AfterFork_Child()
+            work()
+            os._exit(0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+
+    @pytest.mark.parametrize("hook", [False, True])
+    @pytest.mark.parametrize(
+        "first",
+        [
+            lambda pool: pool.get("k"),
+            lambda pool: "k" in pool,
+            lambda pool: pool.get("absent"),
+            lambda pool: pool.put("k", b"new"),
+            lambda pool: pool.put("large", bytes(20 * BLOCK_SIZE)),
+            lambda pool: pool.pin("k"),
+            lambda pool: pool.unpin("pinned"),
+            lambda pool: pool.view("k").__enter__(),
+            lambda pool: pool.close(),
+            lambda pool: pool.unlink(),
+            lambda pool: list(pool),
+            lambda pool: CacheStore().list(),
+            lambda pool: KVCachePool.attach("pool"),
+        ],
+        ids=["get", "in", "miss", "put", "large", "pin", "unpin", "view", "close", "unlink", "list", "store", "attach"],
+    )
+    def test_the_first_call_after_a_fork(self, first: Callable[[KVCachePool], Any], hook: bool) -> None:
+        with CacheStore().create(make_config(blocks=64)) as pool:
+            pool.put("k", payload("k", BLOCK_SIZE))
+            pool.put("pinned", payload("pinned", BLOCK_SIZE))
+            pool.pin("pinned")
+            with pool.view("k") as view:
+                session = pool._segment.session
+
+                def work() -> None:
+                    first(pool)
+                    assert pool._segment is None or pool._segment.session != session
+                    assert not pool._holds or first(pool)
+
+                assert self.fork_in_c(work, hook) == 0
+                assert pool._segment.session == session
+                assert pool._table.is_pinned(pool._table.find(b"pinned"))
+                assert bytes(view) == payload("k", BLOCK_SIZE)
+                assert pool._table._is_read(pool._holds[pool._reader])
+            pool.unpin("pinned")
+            assert_sound(pool)
+            pool.unlink()
+
+    @pytest.mark.parametrize("hook", [False, True])
+    @pytest.mark.parametrize("way", ["exit", "drop", "array"])
+    def test_ending_a_view_of_the_parent(self, way: str, hook: bool) -> None:
+        with make_pool(4) as pool:
+            pool.put("k", payload("k", 4 * BLOCK_SIZE))
+            manager = pool.view("k")
+            view: Any = manager.__enter__()
+            part: Any = view[:]
+
+            def work() -> None:
+                nonlocal view, part
+                if way == "array":
+                    manager.__exit__()
+                    part = None
+                elif way == "exit":
+                    part = None
+                    manager.__exit__()
+                else:
+                    part = view = None
+                    manager._view = manager._owner = None
+
+            assert self.fork_in_c(work, hook) == 0
+            assert not pool.put("all", bytes(4 * BLOCK_SIZE)), "the child has ended a pin of its parent"
+            assert bytes(view) == payload("k", 4 * BLOCK_SIZE)
+            part = view = None
+            manager.__exit__()
+            assert pool.put("all", bytes(4 * BLOCK_SIZE))
+
+    def test_a_reservation_is_its_makers(self) -> None:
+        with make_pool() as pool:
+            with pool.reserve("k", 100) as view:
+                view[:] = payload("k", 100)
+
+                def work() -> None:
+                    (reservation,) = [o for o in gc.get_objects() if isinstance(o, kv._Reservation)]
+                    reservation.__exit__(None)
+                    assert "k" not in pool
+
+                assert self.fork_in_c(work) == 0
+                assert "k" not in pool
+            assert pool.get("k") == payload("k", 100)
+            assert_sound(pool)
+
+    @pytest.mark.parametrize("hook", [False, True])
+    def test_another_thread_holds_every_lock_at_the_fork(self, hook: bool) -> None:
+        """The child has no such thread, and must not wait for it."""
+        with make_pool() as pool:
+            held, done = threading.Event(), threading.Event()
+
+            def hold() -> None:
+                with kv._no_fork, pool._mutex, pool._barrier:
+                    held.set()
+                    done.wait(60)
+
+            thread = threading.Thread(target=hold)
+            thread.start()
+            held.wait()
+
+            def work() -> None:
+                signal.alarm(20)
+                assert pool.put("child", b"1")
+                with KVCachePool.attach("pool") as other:
+                    assert other.get("child") == b"1"
+                signal.alarm(0)
+
+            code = self.fork_in_c(work, hook)
+            done.set()
+            thread.join()
+            assert code == 0
+            assert pool.get("child") == b"1"
+
+    def test_hooks_without_their_partners(self) -> None:
+        import ctypes
+
+        for hook in ("PyOS_AfterFork_Parent", "PyOS_BeforeFork", "PyOS_AfterFork_Parent", "PyOS_AfterFork_Parent"):
+            if hook != "PyOS_AfterFork_Parent":
+                kv._before_fork()
+            else:
+                kv._after_fork_in_parent()
+        assert ctypes.pythonapi.PyOS_AfterFork_Child
+        with make_pool() as pool:
+            kv._adopt_pools()  # in the parent: nothing happens
+            assert pool.put("k", b"value")
+            assert in_child(lambda: kv._adopt_pools() or pool.get("k")) == 0
+            done = threading.Thread(target=lambda: KVCachePool.attach("pool").close())
+            done.start()
+            done.join(20)
+            assert not done.is_alive()
+
+    def test_where_the_kernel_can_not_wipe_a_page(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class NoWipe(kv.mmap.mmap):  # type: ignore[name-defined, misc]
+            def madvise(self, *_: Any) -> None:
+                raise OSError(22, "Invalid argument")
+
+        monkeypatch.setattr(kv.mmap, "mmap", NoWipe)
+        mark = kv._mark_process()
+        monkeypatch.undo()
+        assert isinstance(mark, kv._OwnPid)
+        monkeypatch.setattr(kv, "_own_process", mark)
+        assert mark[0]
+        with make_pool() as pool:
+            pool.put("k", b"value")
+
+            def work() -> None:
+                assert not mark[0]
+                assert pool.get("k") == b"value"
+                assert mark[0]
+
+            assert self.fork_in_c(work) == 0
+            assert pool.get_stats()["attached_pids"] == [os.getpid()]
+
+    def test_children_of_children_at_work(self) -> None:
+        def use(seed: int) -> None:
+            randomness = random.Random(seed)
+            for _ in range(100):
+                hammer_once(pool, randomness)
+
+        def work() -> None:
+            use(1)
+            assert self.fork_in_c(lambda: use(2)) == 0
+            use(3)
+            assert in_child(lambda: use(4)) == 0
+            use(5)
+
+        with make_pool(256, max_entries=64) as pool:
+            use(0)
+            assert self.fork_in_c(work) == 0
+            use(6)
+            assert_sound(pool)
+
+
+ENDING = """
+import atexit, gc, os, sys, threading, time
+def slow():  # registered before the module is imported, so it runs after the module's own handler
+    print("ending", flush=True)
+    sys.stdin.readline()
+atexit.register(slow)
+import kv_cache_manager as kv
+pool = kv.KVCachePool.attach("pool")
+began = threading.Event()
+def work():
+    {work}
+thread = threading.Thread(target=work, daemon=True)
+thread.start()
+began.wait()
+"""
+
+
+class TestEnding:
+    """The end of a process whose daemon threads are in the middle of something."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def ending(work: str) -> Iterator[subprocess.Popen[str]]:
+        """A process at its end: the module's exit handler has run, another one still runs."""
+        source = ENDING.format(work=work.replace("\n", "\n    "))
+        pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        with subprocess.Popen([sys.executable, "-c", source], cwd=Path(MODULE).parent, text=True, **pipes) as process:
+            try:
+                assert hear(process) == "ending"
+                yield process
+            finally:
+                process.kill()
+
+    HOLDING = {
+        "reservation": "with pool.reserve('k', 4 * 4096) as view: began.set(); time.sleep(60)",
+        "view": "with pool.view('old') as view: began.set(); time.sleep(60)",
+        "array": "import mmap\nview = pool.view('old').__enter__()[1:]; began.set(); time.sleep(60)",
+    }
+
+    @pytest.mark.parametrize("what", HOLDING)
+    def test_what_a_daemon_thread_holds_stays_held(self, what: str) -> None:
+        with CacheStore().create(make_config(blocks=4)) as pool:
+            pool.put("old", payload("old", 4 * BLOCK_SIZE))
+            with self.ending(self.HOLDING[what]) as process:
+                assert not pool.put("new", payload("new", 4 * BLOCK_SIZE)), "blocks in use were given away"
+                tell(process)
+                out, errors = process.communicate(timeout=60)
+                assert (out, errors, process.returncode) == ("", "", 0)
+            assert pool.put("new", payload("new", 4 * BLOCK_SIZE))
+            assert pool.get("new") == payload("new", 4 * BLOCK_SIZE)
+            assert_sound(pool)
+
+    CALLING = {
+        "get": "pool.get('old')",
+        "miss": "pool.get('absent')",
+        "in": "'old' in pool; pool.get_stats()",
+        "put": "pool.put('k', bytes(5))",
+        "large": "pool.put('k', bytes(20 * 4096))",
+        "view": "pool.view('old').__enter__()",
+        "with": "with pool.view('old') as view: pass",
+        "reserve": "with pool.reserve('k', 4096) as view: pass",
+        "list": "list(pool)",
+        "touch": "pool.touch(['old'])",
+        "evict": "pool.evict(1)",
+        "config": "pool.config; pool.delete('absent')",
+    }
+
+    @pytest.mark.parametrize("call", CALLING)
+    def test_a_call_of_a_daemon_thread_is_no_noise(self, call: str) -> None:
+        """It gets PoolClosedError, and nothing is printed, though the thread does not catch it."""
+        loop = f"while True:\n    {self.CALLING[call]}\n    began.set()"
+        caught = (
+            f"try:\n    {loop}".replace("\n", "\n    ").replace("try:\n        while", "try:\n    while")
+            + "\nexcept kv.PoolClosedError: print('closed', flush=True)\nexcept BaseException as e: print(repr(e), flush=True)"
+        )
+        with CacheStore().create(make_config(blocks=64)) as pool:
+            pool.put("old", payload("old", 4 * BLOCK_SIZE))
+            for source in (loop, caught):
+                with self.ending(source) as process:
+                    if source is caught:
+                        assert hear(process) == "closed"
+                    tell(process)
+                    out, errors = process.communicate(timeout=60)
+                    assert (out, errors, process.returncode) == ("", "", 0)
+            assert_sound(pool)
+
+    def test_a_transient_pool_ends_though_a_daemon_thread_holds_a_view(self) -> None:
+        pool = make_pool()
+        pool.put("old", b"value")
+        with self.ending("view = pool.view('old').__enter__(); began.set(); time.sleep(60)") as process:
+            path = pool._path
+            pool.close()
+            assert not os.path.exists(path)
+            tell(process)
+            assert process.communicate(timeout=60) == ("", "")
+
+    def test_nobody_waits_for_a_thread_that_is_stuck(self) -> None:
+        """It waits for the pool's lock, which a stopped process has."""
+        with CacheStore().create(make_config()) as pool:
+            pool.put("old", b"value")
+            with worker(
+                "pool = KVCachePool.attach('pool')",
+                "pool._count_all = kv._locked(lambda self: (say(), wait()))",
+                "pool._count_all(pool)",
+            ) as stopped:
+                assert hear(stopped) == "ready"
+                with self.ending("began.set()\npool.get_stats()") as process:
+                    tell(process)
+                    assert process.communicate(timeout=60) == ("", "")
+                tell(stopped)
+            assert_sound(pool)
+
+
+class TestSteps:
+    """What takes long works in steps: others go on in between, and nothing that is there throughout is missed."""
+
+    LONG = {
+        "list": lambda pool: list(pool),
+        "entries": lambda pool: list(pool.entries.items()),
+        "persist": lambda pool: pool.persist(),
+        "clear": lambda pool: pool.clear(),
+        "evict": lambda pool: pool.evict(100),
+        "find_by_prefix": lambda pool: pool.find_by_prefix("p"),
+        "find_no_prefix": lambda pool: pool.find_by_prefix(""),
+        "count_by_prefix": lambda pool: pool.count_by_prefix("p"),
+        "get_stats": lambda pool: pool.get_stats(),
+        "can_allocate": lambda pool: pool.can_allocate(600 * BLOCK_SIZE),
+        "defragment": lambda pool: pool.defragment(),
+    }
+
+    @pytest.fixture(autouse=True)
+    def _small_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kv, "ENTRIES_A_STEP", 8)
+        monkeypatch.setattr(kv, "SLOTS_A_STEP", 8)
+        monkeypatch.setattr(kv, "STEP_BYTES", 8 * BLOCK_SIZE)
+
+    @staticmethod
+    def between_steps(monkeypatch: pytest.MonkeyPatch, work: Callable[[int], None]) -> list[int]:
+        """Do `work` whenever a long call lets others have the lock; returns the list of the numbers of the pauses."""
+        pauses: list[int] = []
+
+        def pause(pool: KVCachePool) -> None:
+            assert not pool._is_locked
+            pauses.append(len(pauses))
+            work(pauses[-1])
+
+        monkeypatch.setattr(KVCachePool, "_give_way", pause)
+        return pauses
+
+    @pytest.mark.parametrize("name", LONG)
+    def test_others_get_the_lock_in_between(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_pool(1000, max_entries=1000) as pool, KVCachePool.attach("pool") as other:
+            for i in range(100):
+                pool.put(f"k{i}", payload(f"k{i}", BLOCK_SIZE), prefix_hash="p" if i % 2 else "")
+            for i in range(0, 20, 2):
+                pool.delete(f"k{i}")
+
+            def work(number: int) -> None:
+                started = time.monotonic()
+                assert other.put(f"new {number}", b"x")
+                assert other.get(f"new {number}") == b"x"
+                assert time.monotonic() - started < 10
+
+            pauses = self.between_steps(monkeypatch, work)
+            self.LONG[name](pool)
+            assert len(pauses) >= 5
+            assert_sound(pool)
+
+    @pytest.mark.parametrize("name", ["list", "persist", "find_by_prefix", "count_by_prefix", "clear"])
+    @pytest.mark.parametrize("policy", ALL_POLICIES)
+    def test_what_is_overwritten_meanwhile_is_seen_once(
+        self, name: str, policy: EvictionPolicy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        keys = [f"k{i}" for i in range(60)]
+        with make_pool(300, eviction_policy=policy.value) as pool, KVCachePool.attach("pool") as other:
+            for key in keys:
+                pool.put(key, b"old", prefix_hash="p")
+            randomness = random.Random(str(policy))
+
+            def work(number: int) -> None:
+                for key in randomness.sample(keys, 20):  # into other slots, most of them lower or higher ones
+                    with other.reserve(key, 100, prefix_hash="p") as view:
+                        view[:3] = b"new"
+                    other.get(randomness.choice(keys))
+
+            if name == "clear":  # what is overwritten after its turn stays, and nothing else
+                pauses = self.between_steps(monkeypatch, lambda number: None)
+                assert pool.clear() == 60
+            else:
+                pauses = self.between_steps(monkeypatch, work)
+                if name == "list":
+                    assert sorted(pool) == sorted(keys)
+                elif name == "persist":
+                    pool.persist(tmp_path / "file")
+                    with kv.Snapshot(str(tmp_path / "file")) as snapshot:
+                        assert sorted(item.entry.key for item in snapshot.verify()) == sorted(keys)
+                elif name == "find_by_prefix":
+                    assert sorted(entry.key for entry in pool.find_by_prefix("p")) == sorted(keys)
+                else:
+                    assert pool.count_by_prefix("p") == 60
+            assert len(pauses) >= 5
+
+    @pytest.mark.parametrize("policy", [*ALL_POLICIES, "weights"])
+    def test_the_order_noted_in_steps_is_the_order_of_eviction(self, policy: Any) -> None:
+        name = "adaptive" if policy == "weights" else policy.value
+        randomness = random.Random(name)
+        with make_pool(400, max_entries=200, eviction_policy=name) as pool:
+            if policy == "weights":
+                pool.configure_adaptive({"recency_weight": 1, "frequency_weight": 2, "size_weight": 3})
+            for i in range(600):
+                key = f"k{randomness.randrange(150)}"
+                if randomness.random() < 0.5:
+                    pool.put(key, bytes(randomness.randrange(1, 4 * BLOCK_SIZE)), priority=randomness.randrange(3))
+                else:
+                    pool.touch([key], ends_prompt=randomness.random() < 0.3)
+            order = [pool._table.key(slot).decode() for slot in pool._order.victims_locked()]
+            assert len(order) > 50
+            assert list(pool) == order
+
+    def test_evict_takes_the_victims_of_one_call(self) -> None:
+        with make_pool(100) as pool:
+            for i in range(60):
+                pool.put(f"k{i:02}", b"x")
+            pool.pin("k03")
+            order = [key for key in pool if key != "k03"]
+            assert pool.evict(50) == 30
+            assert list(pool) == ["k03", *order[30:]]
+            assert pool.evict(100) == 29
+
+    def test_defragment_packs_everything_to_the_left_of_what_is_in_use(self) -> None:
+        with make_pool(200) as pool:
+            for i in range(60):
+                pool.put(f"k{i}", payload(f"k{i}", BLOCK_SIZE * (1 + i % 5)))
+            for i in range(0, 60, 2):
+                pool.delete(f"k{i}")
+            with pool.view("k31"):
+                pool.defragment()
+                movable, fixed = pool._table.layout()
+                assert len(fixed) == 1
+                ends = {0, *(start + count for start, count, _ in movable + fixed)}
+                assert all(start in ends for start, _, _ in movable)
+            assert pool.defragment() > 0
+            assert pool.get_stats()["fragmentation"] == 0
+            for i in range(1, 60, 2):
+                assert pool.get(f"k{i}") == payload(f"k{i}", BLOCK_SIZE * (1 + i % 5))
+            assert_sound(pool)
+
+    def test_a_waiter_goes_first(self) -> None:
+        """The process that works in steps pauses until the waiter has had the lock, but not for a dead one."""
+        with make_pool(1000) as pool:
+            for i in range(40):
+                pool.put(f"k{i}", b"x")
+            pool._words[kv.WAITED_FOR] = 1  # its process was killed while it waited
+            assert len(list(pool)) == 40
+            assert pool._words[kv.WAITED_FOR] == 0
+            with worker("pool = KVCachePool.attach('pool')", "say(); wait(); say(pool.put('w', b'x'))") as process:
+                assert hear(process) == "ready"
+                fcntl.flock(pool._segment.fd, fcntl.LOCK_EX)
+                tell(process)
+                while not pool._words[kv.WAITED_FOR]:
+                    time.sleep(0.001)
+                fcntl.flock(pool._segment.fd, fcntl.LOCK_UN)
+                pool._give_way()
+                assert hear(process) == "True"
+            assert pool._words[kv.WAITED_FOR] == 0
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    def test_an_error_in_a_block_takes_no_pass_over_all_entries(
+        self, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with make_pool(100) as pool:
+            for i in range(50):
+                pool.put(f"k{i}", b"x")
+            passed: list[int] = []
+            read = kv.EntryTable._bytes_of
+
+            def count(table: Any, offset: int, among: range) -> bytes:
+                passed.append(len(among))
+                return read(table, offset, among)
+
+            monkeypatch.setattr(kv.EntryTable, "_bytes_of", count)
+            for use in (lambda: pool.reserve("new", 10), lambda: pool.reserve("new", 90_000), lambda: pool.view("k1")):
+                with pytest.raises(error), use():
+                    raise error
+                pool.get("k2")
+            assert sum(passed) < 20
+            monkeypatch.undo()
+            assert "new" not in pool
+            assert_sound(pool)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_can_allocate_and_allocate_agree(self, seed: int) -> None:
+        randomness = random.Random(seed)
+        with make_pool(40, max_entries=10) as pool:
+            for step in range(40):
+                key = f"k{randomness.randrange(20)}"
+                action = randomness.random()
+                if action < 0.6:
+                    pool.put(key, bytes(randomness.randrange(1, 6 * BLOCK_SIZE)))
+                elif action < 0.9:
+                    pool.pin(key)
+                else:
+                    pool.delete(key)
+                if step % 4 == 3:
+                    size = randomness.randrange(1, 30 * BLOCK_SIZE)
+                    expected = pool.can_allocate(size)
+                    assert (pool.allocate("probe", size) is not None) == expected
+                    pool.delete("probe")
+
+    def test_can_allocate_counts_the_slots_of_deleted_values_that_are_pinned(self) -> None:
+        with make_pool(100, max_entries=10) as pool:
+            for i in range(10 + kv.SPARE_SLOTS):
+                pool.put(f"k{i}", b"x")
+                pool.pin(f"k{i}")
+                pool.delete(f"k{i}")
+            assert not pool.can_allocate(1)
+            assert pool.allocate("k", 1) is None
+            pool.unpin("k3")
+            assert pool.can_allocate(1)
+            assert pool.allocate("k", 1) is not None
+
+
+class TestClosedMeanwhile:
+    """`close` in another thread, at any line of a call: the call ends as it would, or with PoolClosedError."""
+
+    CALLS = {
+        "get": lambda pool: pool.get("k"),
+        "large get": lambda pool: pool.get("large"),
+        "miss": lambda pool: pool.get("absent"),
+        "put": lambda pool: pool.put("k", b"new"),
+        "large put": lambda pool: pool.put("new", bytes(20 * BLOCK_SIZE)),
+        "no room": lambda pool: pool.put("new", bytes(63 * BLOCK_SIZE)),
+        "view": lambda pool: view_and_use(pool),
+        "reserve": lambda pool: reserve_and_fill(pool),
+        "in": lambda pool: "k" in pool,
+        "pin": lambda pool: (pool.pin("k"), pool.unpin("k")),
+        "list": lambda pool: list(pool),
+        "stats": lambda pool: pool.get_stats(),
+        "config": lambda pool: pool.config,
+        "can_allocate": lambda pool: pool.can_allocate(5),
+        "defragment": lambda pool: pool.defragment(),
+        "find": lambda pool: pool.find_by_prefix("p"),
+        "evict": lambda pool: pool.evict(50),
+        "touch": lambda pool: pool.touch(["k"]),
+    }
+
+    @pytest.mark.parametrize("name", CALLS)
+    def test_close_at_any_line(self, name: str) -> None:
+        with make_pool(64) as keeper:
+            lines = 1
+            at = 0
+            while at < lines:
+                keeper.clear()
+                keeper.put("k", b"value", prefix_hash="p")
+                keeper.put("large", bytes(20 * BLOCK_SIZE))
+                keeper.pin("k")
+                pool = KVCachePool.attach("pool")
+                count = 0
+
+                def trace(frame: Any, event: str, _: Any, pool: KVCachePool = pool) -> Any:
+                    nonlocal count
+                    if frame.f_code.co_filename != MODULE:
+                        return None
+                    if event == "line":
+                        if count == at:
+                            closer = threading.Thread(target=pool.close)
+                            closer.start()
+                            closer.join(0.02)  # it waits where the call is under the lock
+                            closers.append(closer)
+                        count += 1
+                    return trace
+
+                closers: list[threading.Thread] = []
+                sys.settrace(trace)
+                try:
+                    self.CALLS[name](pool)
+                except kv.PoolClosedError:
+                    pass
+                finally:
+                    sys.settrace(None)
+                for closer in closers:
+                    closer.join()
+                pool.close()
+                lines = max(lines, count)
+                at += 1 + lines // 60
+                keeper.unpin("k")
+            assert_sound(keeper)
 
 
 class TestLookups:
