@@ -1439,14 +1439,20 @@ def _cgroup_directories(process: str = "/proc/self") -> Iterator[str]:
             continue
         root, top = (re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), part) for part in parts[3:5])
         root = root.rstrip("/")
-        if ".." in path.split("/"):
-            continue  # outside of the cgroup namespace
-        if set(root.split("/")) == {"", ".."}:
-            below = ""  # a mount from outside of the namespace: an ancestor of unknown distance
-        elif f"{path}/".startswith(f"{root}/"):
+        if f"{path}/".startswith(f"{root}/"):
             below = path[len(root) :].strip("/")
+        elif set(root.split("/")) == {"", ".."}:
+            # The mount is so many levels above our cgroup namespace, which does not say by which names.
+            import glob
+
+            below, levels = "", "/*" * root.count("..")
+            for procs in glob.glob(f"{glob.escape(top)}{levels}{glob.escape(path.rstrip('/'))}/cgroup.procs"):
+                if str(os.getpid()) in _read_text(procs).split():
+                    below = os.path.relpath(os.path.dirname(procs), top)
         else:
             continue  # a mount of another part of the tree
+        if ".." in below.split("/"):
+            continue  # above that mount
         yield os.path.join(top, below) if below else top
         while below:
             below = os.path.dirname(below)
@@ -2722,8 +2728,13 @@ def _open_segment(
         new = SegmentHeader(Geometry.of(config), config, store_path, transient, identity, config.eviction_policy)
         new.encode()
     if create:
-        with _os_errors(f"make the store directory {store_path}"):
+        try:
             os.makedirs(store_path, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot make the store directory {store_path}: {error.strerror}; choose another one "
+                "(CORTEX_CACHE_DIR, store_path, --store)"
+            ) from error
     elif not os.path.isdir(store_path):
         return None
 
