@@ -4888,7 +4888,8 @@ class TestNames:
             assert "tier cpu" in hear(other)
 
     @pytest.mark.parametrize("leftover", ["transient", "unfinished"])
-    def test_what_is_made_while_prune_removes_a_leftover_stays(self, leftover: str) -> None:
+    def test_what_is_made_while_prune_removes_a_leftover_stays(self, leftover: str, store_dir: str) -> None:
+        path = kv._segment_paths(os.path.realpath(store_dir), "pool")["cpu"]
         with worker(
             *stop_at("zeroing" if leftover == "unfinished" else "published"), f"KVCachePool({open_config()})"
         ) as maker:
@@ -4897,7 +4898,7 @@ class TestNames:
             worker(
                 "real = os.unlink",
                 "def stop(path):",
-                "    if path.endswith('-pool'): say('unlinking'); wait()",
+                f"    if path == {path!r}: say('unlinking'); wait()",
                 "    real(path)",
                 "os.unlink = stop",
                 "CacheStore.prune(); say('done')",
