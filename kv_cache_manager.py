@@ -63,6 +63,8 @@ A process that dies inside a change leaves the header word DIRTY set; the kernel
 the word, finishes a block move that was under way (its journal is in the header), and rebuilds everything derived from
 the records. Dying in the rebuild leaves DIRTY set again. A process that dies outside a change leaves at most WRITING
 records and pins; they are reclaimed when somebody opens the pool, needs their room, asks for statistics or checks.
+A maker that dies leaves a file without a header, and the last user of a transient pool leaves the pool. Both are
+removed when somebody opens or lists that name, prunes, or needs their room to make another pool.
 """
 
 from __future__ import annotations
@@ -1614,7 +1616,7 @@ def _map_pages(memory: mmap.mmap, offset: int, size: int) -> None:
 
 
 class Segment:
-    """One mapped pool: its memory, seen as bytes, 32-bit halves, 64-bit words and floats, and its lock file.
+    """One pool's file, its locks, and once mapped its memory, seen as bytes, 32-bit halves, 64-bit words and floats.
 
     A segment of tier cpu is POSIX shared memory: a file of /dev/shm, which is all that `shm_open` opens on Linux. It is
     mapped without `multiprocessing.shared_memory`, whose import takes longer than all the rest of opening a pool, and
@@ -1866,7 +1868,7 @@ _no_fork = threading.RLock()
 
 
 def _in_store(store_path: str, work: Callable[[], _R]) -> _R:
-    """Run `work`, which must not wait for anything, under the lock of a store directory.
+    """Run `work` under the lock of a store directory; `work` must not wait for anything.
 
     A function with try and finally, and no context manager, for the reason given at `_locked`.
     """
@@ -2723,7 +2725,7 @@ def _open_segment(
         if config.persist_path is not None:
             if not isinstance(config.persist_path, str):
                 raise InvalidArgumentError(f"persist_path {_show(config.persist_path)} must be a str")
-            check_path(config.persist_path, "persist_path")
+            _expand_user(check_path(config.persist_path, "persist_path"))
         identity = os.urandom(8).hex()
         new = SegmentHeader(Geometry.of(config), config, store_path, transient, identity, config.eviction_policy)
         new.encode()
@@ -4463,7 +4465,8 @@ class KVCachePool:
     @property
     def default_snapshot_path(self) -> str:
         """Where `persist` writes when it is given no path."""
-        return self._config.persist_path or os.path.join(self.store_path, self.name + SNAPSHOT_SUFFIX)
+        given = self._config.persist_path
+        return _expand_user(given) if given else os.path.join(self.store_path, self.name + SNAPSHOT_SUFFIX)
 
     def persist(self, path: str | os.PathLike[str] | None = None, progress: Progress | None = None) -> bool:
         """Write all entries to a safetensors file, which is replaced whole or not at all; True when it is on the disk.

@@ -5183,6 +5183,9 @@ class TestStorePaths:
         with KVCachePool(make_config(), store_path="~") as pool:
             assert pool.store_path == str(tmp_path)
             assert cli("--store", "~", "status", "pool", "--json")[0] == 0
+        with make_pool(persist_path="~/kept.safetensors") as pool:
+            assert pool.persist()
+        assert "kept.safetensors" in os.listdir(tmp_path)
         assert "~" not in os.listdir(tmp_path)
 
     def test_a_user_that_there_is_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
