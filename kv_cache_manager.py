@@ -50,8 +50,12 @@ Who locks what
 * A session (one open handle) holds an open-file-description lock on a byte of its own, far behind the end of the file.
   The kernel drops it when the process dies: that is how pins and WRITING records of the dead are told from those of
   the living. A second byte, locked shared by every handle, tells whether anybody has the pool open.
-* Creating, opening by name and deleting are serialized by `flock` on the store directory. Nobody waits for one of
-  these locks while holding the other.
+* Making, opening and removing a segment are serialized by a lock on one more byte of its file, the lock on its name.
+  It works for processes that share nothing but /dev/shm. A maker holds it until the header is published, so a segment
+  without a header whose name is not locked has lost its maker, and is removed. Whoever unlinks a segment holds it, and
+  has seen that the path still leads to that file. Calls to a pool never take it.
+* `flock` on the store directory is held while a name is taken in one of the two tiers, so that no name is in both.
+  Nobody waits for another lock while holding it.
 
 After a crash
 -------------
@@ -59,6 +63,8 @@ A process that dies inside a change leaves the header word DIRTY set; the kernel
 the word, finishes a block move that was under way (its journal is in the header), and rebuilds everything derived from
 the records. Dying in the rebuild leaves DIRTY set again. A process that dies outside a change leaves at most WRITING
 records and pins; they are reclaimed when somebody opens the pool, needs their room, asks for statistics or checks.
+A maker that dies leaves a file without a header, and the last user of a transient pool leaves the pool. Both are
+removed when somebody opens or lists that name, prunes, or needs their room to make another pool.
 """
 
 from __future__ import annotations
@@ -133,18 +139,20 @@ NUM_ENTRIES = 73  # COMPLETE records
 NUM_BUSY = 74  # WRITING and CONDEMNED records
 FREE_SLOT, TOP_SLOT = 75, 76  # head of the list of freed slots; slots above TOP_SLOT were never used
 MOVE_SLOT, MOVE_FROM, MOVE_TO, MOVE_DONE = 77, 78, 79, 80  # journal of the block move under way, in blocks
-BOOT_ID = 81  # which boot of the machine wrote last (nvme pools outlive boots)
 TOP_SESSION = 82  # sessions from this number on were never used
 RECORDED = 83  # accesses recorded so far
 POLICY = 84  # 0: as in the config; else 1 + the place of the policy in EvictionPolicy
 CHANGES = 85  # how often key chains were changed
 UNREAD = 86  # 1 once the end of an array has left a deleted value to be freed
 WAITED_FOR = 87  # 1 while a process sleeps until it gets the lock: those that work in steps let it go first
+BOOT_ID = 124  # the first of NUM_BOOT_IDS words: boots that the index is known to be whole for, the latest first
+NUM_BOOT_IDS = 4
 
 MAX_SESSIONS = 128
 SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
 PRESENCE_BYTE = 1 << 60  # lock offsets, far behind any file
 SESSION_BYTE = PRESENCE_BYTE + 1
+NAME_BYTE = PRESENCE_BYTE - 1
 
 # state, owner session, size, start block, number of blocks, hash of key, hash of prefix, next in key chain, next and
 # previous in prefix chain, CRC-32 of the value (0: not known), created, accessed, sequence length, layer, sessions that
@@ -182,7 +190,6 @@ ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, STEP_BYTES, STEP_PAUSE, MAX_PAU
 )
 ENDING_PATIENCE = 1.0  # seconds that the end of a process waits for a daemon thread to end its call
 RESERVE_CHUNK = 256 << 20
-UNFINISHED_SECONDS = 60  # how old an unfinished segment must be for `prune` to take it for abandoned
 I64_MIN, I64_MAX = -(1 << 63), (1 << 63) - 1
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
@@ -217,9 +224,9 @@ class PoolClosedError(CacheError):
     """The handle was closed."""
 
     @classmethod
-    def of(cls, name: str) -> PoolClosedError:
+    def of(cls, name: str, why: str = "is closed") -> PoolClosedError:
         """The error of a call to the closed pool `name`."""
-        return cls(f"pool {name!r} is closed: open it again")
+        return cls(f"pool {name!r} {why}: open it again")
 
 
 class CorruptionError(CacheError):
@@ -1630,7 +1637,7 @@ def _byte_is_locked(fd: int, offset: int) -> bool:
 
 
 def _somebody_has_open(path: str) -> bool:
-    """Whether any living process has the segment at `path` open."""
+    """Return True if any living process has the segment at `path` open."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         return _byte_is_locked(fd, PRESENCE_BYTE)
@@ -1638,21 +1645,131 @@ def _somebody_has_open(path: str) -> bool:
         os.close(fd)
 
 
-def _available_memory() -> int | None:
-    """Bytes of memory and swap that can be had, None if that can't be known."""
-    with contextlib.suppress(OSError, ValueError):
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":") for line in file)
-        return 1024 * sum(int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in lines)
-    return None
+# A limit and what is used of it, in a directory of a memory cgroup: version 2, then version 1.
+CGROUP_LIMITS = (
+    ("memory.max", "memory.current"),
+    ("memory.high", "memory.current"),  # beyond it the kernel slows the process down to a standstill
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes"),
+)
+
+
+def _read_text(path: str) -> str:
+    """Return the content of a small file of the kernel, "" if it can't be read."""
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read()
+    return ""
+
+
+def _cgroup_directories(process: str = "/proc/self") -> Iterator[str]:
+    """Yield the directories of this process's memory cgroup and of its ancestors, as far as they are mounted here."""
+    paths = {}  # file system type -> path of our cgroup in that hierarchy
+    for line in _read_text(f"{process}/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            paths["cgroup2"] = path
+        elif "memory" in controllers.split(","):
+            paths["cgroup"] = path
+    for line in _read_text(f"{process}/mountinfo").splitlines():
+        mount, _, kind = line.partition(" - ")
+        parts, kinds = mount.split(" "), kind.split(" ")
+        path = paths.get(kinds[0], "")
+        if len(parts) < 5 or not path or (kinds[0] == "cgroup" and "memory" not in kinds[-1].split(",")):
+            continue
+        root, top = (re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), part) for part in parts[3:5])
+        root = root.rstrip("/")
+        if f"{path}/".startswith(f"{root}/"):
+            below = path[len(root) :].strip("/")
+        elif set(root.split("/")) == {"", ".."}:
+            # The mount is so many levels above our cgroup namespace, which does not say by which names.
+            import glob
+
+            below, levels = "", "/*" * root.count("..")
+            for procs in glob.glob(f"{glob.escape(top)}{levels}{glob.escape(path.rstrip('/'))}/cgroup.procs"):
+                if str(os.getpid()) in _read_text(procs).split():
+                    below = os.path.relpath(os.path.dirname(procs), top)
+        else:
+            continue  # a mount of another part of the tree
+        if ".." in below.split("/"):
+            continue  # above that mount
+        yield os.path.join(top, below) if below else top
+        while below:
+            below = os.path.dirname(below)
+            directory = os.path.join(top, below) if below else top
+            if _read_text(f"{directory}/memory.use_hierarchy").strip() != "0":  # version 1: whether it limits ours
+                yield directory
+
+
+def _cgroup_memory(directory: str) -> Iterator[tuple[int, str]]:
+    """Yield (bytes that can be had, name of the limit) for each limit that a directory of a memory cgroup sets.
+
+    Page cache that the kernel can drop does not count as used. Shared memory is no such cache.
+    """
+    numbers: dict[str, int] = {}
+    for line in _read_text(f"{directory}/memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if value.isdigit():
+            numbers[name] = int(value)
+    whole = "total_" if "total_inactive_file" in numbers else ""  # version 1: with all cgroups below
+    cache = numbers.get(f"{whole}inactive_file", 0) + numbers.get(f"{whole}active_file", 0)
+    for limit_name, used_name in CGROUP_LIMITS:
+        limit, used = (_read_text(f"{directory}/{name}").strip() for name in (limit_name, used_name))
+        if limit.isdigit() and used.isdigit():
+            bound = int(limit)
+            if limit_name == "memory.limit_in_bytes":  # an ancestor's, which may not be mounted here
+                bound = min(bound, numbers.get("hierarchical_memory_limit", bound))
+            if bound < 1 << 60:  # else "no limit"
+                text = f"the cgroup {directory} ({limit_name} {format_size(bound)})"
+                yield max(0, bound - int(used) + cache), text
+
+
+def _available_memory(process: str = "/proc/self", meminfo: str = "/proc/meminfo") -> tuple[int, str] | None:
+    """Return (bytes of memory that can be had, what sets the limit), None if that can't be known.
+
+    Swap does not count: a cgroup may be kept from it, and a cache in swap is slower than none.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read_text(meminfo), re.MULTILINE)
+    limits = [(1024 * int(found[1]), "this machine")] if found else []
+    for directory in _cgroup_directories(process):
+        limits += _cgroup_memory(directory)
+    return min(limits, default=None)
+
+
+def _memory_shortage(size: int) -> str:
+    """Return "" if `size` bytes of shared memory can be had, else why not: the kernel would kill a process instead."""
+    available = _available_memory()
+    # What comes on top: the kernel's tree of pages and a page table, 8 bytes a page each, and counts that lag behind.
+    needed = size + (size >> 7) + (1 << 20)
+    if available is None or needed <= available[0]:
+        return ""
+    return (
+        f"it needs {format_size(needed)} and {available[1]} has {format_size(available[0])} of memory available: "
+        "make a smaller pool, raise the limit, or use tier nvme"
+    )
+
+
+def _space_shortage(directory: str, size: int, must: bool = False) -> str:
+    """Return "" if the file system of a directory has `size` bytes free, else a text; with `must` always a text."""
+    room = os.statvfs(directory)
+    free = room.f_bavail * room.f_frsize
+    if not must and (size <= free or not room.f_blocks):  # a tmpfs without a limit says that it has no blocks
+        return ""
+    fix = "raise Docker's --shm-size, remount it with a larger size=," if directory == SHM_DIR else "free some space"
+    return (
+        f"it needs {format_size(size)} and {directory} has {format_size(free)} free of "
+        f"{format_size(room.f_blocks * room.f_frsize)}: {fix} or make a smaller pool"
+    )
 
 
 @functools.lru_cache(maxsize=1)
 def _boot_id() -> int:
-    """A number that changes with every boot."""
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", "rb") as file:
-        return zlib.crc32(file.read())
-    return 0
+    """Return a number that changes with every boot, 0 if none can be had."""
+    text = _read_text("/proc/sys/kernel/random/boot_id").strip()
+    if not text:  # hidden in some containers
+        found = re.search(r"^btime \d+", _read_text("/proc/stat"), re.MULTILINE)
+        text = found[0] if found else ""
+    return zlib.crc32(text.encode()) or 1 if text else 0
 
 
 class SegmentHeader(NamedTuple):
@@ -1705,9 +1822,12 @@ class SegmentHeader(NamedTuple):
         geometry = Geometry(size_bytes, block_size, num_blocks, max_entries, config.record)
         (word,) = struct.unpack_from("q", fixed, 8 * POLICY)
         now = replace(config, eviction_policy=_policy_now(config, word).value)
-        expected = [geometry.bytes_with_ghosts, geometry.total_bytes]  # ghosts stay when the policy changes again
-        if file_bytes not in expected[: 1 if now.eviction_policy == EvictionPolicy.ADAPTIVE.value else 2]:
-            raise CorruptionError(f"{path} has {file_bytes} bytes, its header says {expected[-1]}: cut? delete it")
+        # Ghosts stay when the policy changes again. A crash may leave a part of them; mapping them makes the rest.
+        if not geometry.total_bytes <= file_bytes <= geometry.bytes_with_ghosts:
+            raise CorruptionError(
+                f"{path} has {file_bytes} bytes, its header says {geometry.total_bytes} to "
+                f"{geometry.bytes_with_ghosts}: cut? delete it"
+            )
         return cls(geometry, now, more["store"], more["transient"], more["identity"], config.eviction_policy)
 
 
@@ -1734,112 +1854,166 @@ def _map_pages(memory: mmap.mmap, offset: int, size: int) -> None:
 
 
 class Segment:
-    """One mapped pool: its memory, seen as bytes, 32-bit halves, 64-bit words and floats, and its lock file.
+    """One pool's file, its locks, and once mapped its memory, seen as bytes, 32-bit halves, 64-bit words and floats.
 
     A segment of tier cpu is POSIX shared memory: a file of /dev/shm, which is all that `shm_open` opens on Linux. It is
     mapped without `multiprocessing.shared_memory`, whose import takes longer than all the rest of opening a pool, and
     whose resource tracker unlinks live pools at exit (cpython#82300; `track=False` exists only from Python 3.13 on).
 
     `fd` is an open file description of our own, on which `flock` and the byte locks are taken. It must not be the one
-    that mmap keeps: a forked child shares that, and would hold our locks after our death.
+    that mmap keeps: a forked child shares that, and would hold our locks after our death. `map_fd` is that one: it maps
+    more of the file later, when the path may lead elsewhere, or the process may have lost the right to open it.
+
+    `Segment(path)` opens the file and locks its name. Then it is either mapped (`map`), or made (`make`), and its name
+    unlocked, or it is closed.
     """
 
-    def __init__(self, path: str, header: SegmentHeader, create: bool, progress: Progress | None = None) -> None:
-        """Map the segment at `path`; the caller holds the store lock. Making one fails whole or not at all."""
+    def __init__(self, path: str, *, make: bool = False, wait: bool = True) -> None:
+        """Open the file at `path`, or make an empty one, and lock its name.
+
+        FileNotFoundError, or FileExistsError with `make`, as `os.open` raises it. BlockingIOError if another process
+        has the lock and `wait` is false.
+        """
         self.path = path
-        self.header = header
-        self.fd = -1
+        self.header: SegmentHeader
+        self.fd = self.map_fd = -1
         self.session = -1
+        self.is_owned = False  # by a pool, which closes it
         self.ghosts: memoryview | None = None
-        doing = "create" if create else "open"
-        made = False
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if make else 0)
+        if not _own_process[0]:
+            _adopt_pools()
         try:
-            with _os_errors(f"{doing} {path}"):
-                flags = os.O_RDWR | os.O_CLOEXEC
-                self.fd = os.open(path, flags | os.O_CREAT | os.O_EXCL if create else flags, 0o600)
-                made = create
-                if create:
-                    fcntl.flock(self.fd, fcntl.LOCK_EX)  # `prune` leaves an unfinished segment alone while this is held
-                    os.fchmod(self.fd, 0o600)
-                    self._reserve_space(progress)
-                _record_lock(self.fd, fcntl.F_RDLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLKW)
-                mapped = os.open(path, flags)
-                try:
-                    self.memory = mmap.mmap(mapped, header.geometry.total_bytes)
-                finally:
-                    os.close(mapped)
-            if create and header.transient and os.path.dirname(path) == SHM_DIR:
+            while True:
+                with _no_fork:  # a child must know of every file on which we take locks
+                    self.fd = os.open(path, flags, 0o600)
+                    _segments.add(self)
+                if wait and not make:
+                    _record_lock(self.fd, fcntl.F_WRLCK, NAME_BYTE, fcntl.F_OFD_SETLKW)
+                elif not _try_lock_byte(self.fd, fcntl.F_WRLCK, NAME_BYTE):
+                    if not make:
+                        raise BlockingIOError(errno.EAGAIN, "being made, opened or removed by another process")
+                    self._close_files()  # taken for a leftover, and about to be removed: make another one
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(self.fd), os.stat(path)):
+                        return
+                self._close_files()  # removed before we had the lock
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Segment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def is_in_use(self) -> bool:
+        """Return True if another handle, of any process, has the segment open."""
+        return _byte_is_locked(self.fd, PRESENCE_BYTE)
+
+    def read_live_header(self) -> SegmentHeader | None:
+        """Return the header. The caller has the name locked.
+
+        None, and the file is removed, if its maker died before it was done, or if nobody has a transient pool open.
+        """
+        data = os.pread(self.fd, HEADER_SIZE, 0)
+        header = SegmentHeader.decode(data, os.fstat(self.fd).st_size, self.path)
+        if header is None or (header.transient and not self.is_in_use()):
+            os.unlink(self.path)
+            return None
+        return header
+
+    def unlock_name(self) -> None:
+        """Let others open and remove the segment."""
+        _record_lock(self.fd, fcntl.F_UNLCK, NAME_BYTE, fcntl.F_OFD_SETLK)
+
+    def map(self, header: SegmentHeader) -> None:
+        """Count as a user of the segment and map its memory. The caller has the name locked."""
+        self.header = header
+        with _os_errors(f"open {self.path}"):
+            _record_lock(self.fd, fcntl.F_RDLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLKW)
+            self.map_fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            self.memory = mmap.mmap(self.map_fd, header.geometry.total_bytes)
+        self.buffer = memoryview(self.memory)
+        self.read_only = self.buffer.toreadonly()
+        self.words = self.buffer.cast("q")
+        self.halves = self.buffer.cast("I")
+        self.floats = self.buffer.cast("d")
+
+    def make(self, header: SegmentHeader, progress: Progress | None = None) -> None:
+        """Make a pool of an empty file, whole or not at all, and map it. The caller has the name locked."""
+        try:
+            with _os_errors(f"create {self.path}"):
+                os.fchmod(self.fd, 0o600)
+                self._reserve_space(header, progress)
+            self.map(header)
+            if header.transient and os.path.dirname(self.path) == SHM_DIR:
                 # Who makes such a pool goes on to use it. Mapping its pages makes this take a tenth longer, and would
                 # make the first puts take up to twice as long.
                 for at in range(0, len(self.memory), RESERVE_CHUNK):
                     _map_pages(self.memory, at, RESERVE_CHUNK)
-            self.buffer = memoryview(self.memory)
-            self.read_only = self.buffer.toreadonly()
-            self.words = self.buffer.cast("q")
-            self.halves = self.buffer.cast("I")
-            self.floats = self.buffer.cast("d")
-            if create:
-                self._publish()
-                fcntl.flock(self.fd, fcntl.LOCK_UN)
-        except BaseException as error:
-            if made:
+            self._publish()
+        except BaseException:
+            if self.fd >= 0:  # else this is a child that was forked meanwhile: the name is the parent's
                 with contextlib.suppress(OSError):
-                    os.unlink(path)
+                    os.unlink(self.path)
             self.close()
-            if isinstance(error.__cause__, FileExistsError):
-                raise PoolExistsError(f"{path} exists already") from error
             raise
 
     def map_ghosts(self) -> memoryview:
-        """The memory of ghosts, made if it is not there; StorageError if it can't be had."""
+        """Return the memory of ghosts, made if it is not there; StorageError if it can't be had."""
         if self.ghosts is None:
             offset = self.header.geometry.ghosts_offset
             size = self.header.geometry.bytes_with_ghosts - offset
-            with _os_errors(f"make room for the ghosts of policy adaptive in {self.path}"):
+            doing = f"make room for the ghosts of policy adaptive in {self.path}"
+            with _os_errors(doing):
+                missing = offset + size - os.fstat(self.fd).st_size
+                if missing > 0 and os.path.dirname(self.path) == SHM_DIR and (short := _memory_shortage(missing)):
+                    raise StorageError(f"cannot {doing}: {short}")
                 os.posix_fallocate(self.fd, offset, size)
-                mapped = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    self.ghosts = memoryview(mmap.mmap(mapped, size, offset=offset))
-                finally:
-                    os.close(mapped)
+                self.ghosts = memoryview(mmap.mmap(self.map_fd, size, offset=offset))
         return self.ghosts
 
-    def _reserve_space(self, progress: Progress | None) -> None:
-        """Allocate every page now: a file that only looks large enough kills with SIGBUS at the first touch."""
-        geometry = self.header.geometry
-        has_ghosts = self.header.first_policy == EvictionPolicy.ADAPTIVE.value
+    def _reserve_space(self, header: SegmentHeader, progress: Progress | None) -> None:
+        """Allocate every page now: a file that only looks large enough kills with SIGBUS at the first touch.
+
+        What dead processes left is removed if it is in the way. Limits are looked at again for every chunk, as others
+        go on using memory.
+        """
+        geometry = header.geometry
+        has_ghosts = header.first_policy == EvictionPolicy.ADAPTIVE.value
         total = geometry.bytes_with_ghosts if has_ghosts else geometry.total_bytes
         place = os.path.dirname(self.path)
         in_memory = place == SHM_DIR
-        available = _available_memory() if in_memory else None
-        if available is not None and total > available:  # the kernel would kill somebody instead of saying no
-            raise StorageError(
-                f"the pool needs {format_size(total)}, this machine has {format_size(available)} of memory available: "
-                "make a smaller pool, or use tier nvme"
-            )
-        try:
-            room = os.statvfs(place)
-            if total > room.f_bavail * room.f_frsize:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            zeros = memoryview(bytes(COPY_CHUNK))
-            for at in range(0, total, RESERVE_CHUNK):
-                end = min(at + RESERVE_CHUNK, total)
-                os.posix_fallocate(self.fd, at, end - at)
-                # The kernel zeroes a page of tmpfs when it is first used, unless it has been written; now is cheaper.
-                if in_memory:
-                    for part in range(at, end, COPY_CHUNK):
-                        os.pwrite(self.fd, zeros[: end - part], part)
-                if progress is not None:
-                    progress(end, total)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            room = os.statvfs(place)
-            fix = "raise Docker's --shm-size, remount it with a larger size=," if in_memory else "free some space"
-            raise StorageError(
-                f"the pool needs {format_size(total)} and {place} has {format_size(room.f_bavail * room.f_frsize)} "
-                f"free of {format_size(room.f_blocks * room.f_frsize)}: {fix} or make a smaller pool"
-            ) from None
+        left: list[Leftover] | None = None  # what could not be removed, once the rest has been
+        zeros = memoryview(bytes(COPY_CHUNK))
+        end = 0
+        while end < total:
+            at, end = end, min(end + RESERVE_CHUNK, total)
+            short = _space_shortage(place, total - at) or (_memory_shortage(total - at) if in_memory else "")
+            try:
+                if not short:
+                    os.posix_fallocate(self.fd, at, end - at)
+                    # The kernel zeroes a page of tmpfs when it is first used, unless it is written; now is cheaper.
+                    if in_memory:
+                        for part in range(at, end, COPY_CHUNK):
+                            os.pwrite(self.fd, zeros[: end - part], part)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                short = _space_shortage(place, total - at, must=True)
+            if short:
+                if left is None:
+                    removed, left = _remove_leftovers(place)
+                    if removed:
+                        end = at
+                        continue
+                hint = f"; also there: {', '.join(map(str, left))}" if left else ""
+                raise StorageError(f"cannot create {self.path}: {short}{hint}")
+            if progress is not None:
+                progress(end, total)
 
     def _publish(self) -> None:
         """Write the header, the magic last: without it there is no pool."""
@@ -1849,6 +2023,16 @@ class Segment:
         self.words[DIRTY] = 1  # the first one to lock builds the index
         self.memory[len(CACHE_MAGIC) : len(CACHE_MAGIC) + len(fixed)] = fixed
         self.memory[: len(CACHE_MAGIC)] = CACHE_MAGIC
+
+    def note_boot_locked(self) -> None:
+        """Have the index of an nvme pool rebuilt if the machine has been booted since: pages of it may never have
+        reached the disk. The last few boots are known, as containers of one boot may have ids of their own."""
+        boot = _boot_id()
+        known = self.words[BOOT_ID : BOOT_ID + NUM_BOOT_IDS].tolist()
+        if boot and boot not in known and self.header.config.tier == "nvme":
+            self.words[DIRTY] = 1
+            for at, number in enumerate([boot, *known[:-1]]):
+                self.words[BOOT_ID + at] = number
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 
@@ -1899,13 +2083,20 @@ class Segment:
         _record_lock(self.fd, fcntl.F_RDLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLKW)
 
     def __del__(self) -> None:
-        self.close()
+        if not self.is_owned:  # a collection calls this of a pool that lives on for its views
+            self.close()
+
+    def _close_files(self) -> None:
+        """Close the files, and drop all locks with them."""
+        for name in ("fd", "map_fd"):
+            fd = getattr(self, name)
+            setattr(self, name, -1)
+            if fd >= 0:
+                os.close(fd)
 
     def close(self) -> None:
         """Let go of locks and memory. Memory that a view still shows stays mapped until the last such view is gone."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+        self._close_files()
         for name in ("halves", "words", "floats", "read_only", "buffer"):
             if hasattr(self, name):
                 getattr(self, name).release()
@@ -1946,8 +2137,11 @@ def _mark_process() -> mmap.mmap | _OwnPid:
 _own_process = _mark_process()
 _adopting = threading.Lock()
 
-# Held while a thread opens, makes or deletes a pool, and by `fork`: a child that inherits a lock file in the middle of
-# that would hold the lock for its whole life.
+# Every segment that has files open. A forked child closes those that are not part of a pool yet.
+_segments: weakref.WeakSet[Segment] = weakref.WeakSet()
+
+# Held by `fork`, and while a file is opened that locks are taken on: a child that inherits such a file without knowing
+# of it would hold the lock for its whole life. Nobody waits while holding it, but for the lock of a store.
 _no_fork = threading.RLock()
 _forking: set[int] = set()  # the threads that hold it for a fork
 
@@ -1962,28 +2156,87 @@ def _adopt_pools() -> None:
         if not _own_process[0]:
             _no_fork = threading.RLock()
             _forking.clear()
-            for pool in _known_pools():
+            pools = _known_pools()
+            in_pools = {pool._mapped for pool in pools}
+            for segment in list(_segments):
+                if segment not in in_pools:  # another thread was opening or making it
+                    segment._close_files()
+            for pool in pools:
                 pool._after_fork()
             _own_process[0] = 1
 
 
-def _in_store(store_path: str, work: Callable[[], _R], wait: bool = True) -> _R:
-    """Run `work` under the lock of a store directory, which serializes making, opening by name and deleting.
+def _in_store(store_path: str, work: Callable[[], _R]) -> _R:
+    """Run `work` under the lock of a store directory; `work` must not wait for anything.
 
     A function with try and finally, and no context manager, for the reason given at `_locked`.
     """
     fd = -1
+    if not _own_process[0]:
+        _adopt_pools()
     with _no_fork:
         try:
             try:
                 fd = os.open(store_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(fd, fcntl.LOCK_EX)
             except OSError as error:
                 raise StorageError(f"cannot lock the store directory {store_path}: {error.strerror}") from error
             return work()
         finally:
             if fd >= 0:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(
+                        fd, fcntl.LOCK_UN
+                    )  # a fork in C meanwhile, which runs no hook, has left a child with it
                 os.close(fd)
+
+
+class Leftover(NamedTuple):
+    """A segment that may be of no use to anybody, and stays all the same."""
+
+    name: str
+    size_bytes: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({format_size(self.size_bytes)}, {self.why})"
+
+
+OUT_OF_SIGHT = "its store directory is not to be seen from here; `cortex cache prune --force` removes it"
+
+
+def _remove_leftovers(directory: str, force: bool = False) -> tuple[list[str], list[Leftover]]:
+    """Remove the segments of a directory that are of no use to anybody; never waits.
+
+    Returns the names of those, and what stays: damaged segments, those of other users, and durable pools that nobody
+    has open and whose store directory is not there. It may be in another container, so only `force` removes them.
+    """
+    removed, left = [], []
+    for name in sorted(os.listdir(directory)):
+        path = os.path.join(directory, name)
+        if not name.startswith(SEGMENT_PREFIX):
+            continue
+        try:
+            with Segment(path, wait=False) as segment:
+                header = segment.read_live_header()
+                if header is None:
+                    removed.append(name)
+                    continue
+                is_lost = not header.transient and directory == SHM_DIR and not os.path.isdir(header.store_path)
+                if is_lost and not segment.is_in_use():
+                    if force:
+                        os.unlink(path)
+                        removed.append(name)
+                    else:
+                        left.append(Leftover(name, os.fstat(segment.fd).st_blocks * 512, OUT_OF_SIGHT))
+        except (CacheError, OSError) as error:
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                if isinstance(error, CorruptionError):
+                    left.append(Leftover(name, status.st_blocks * 512, f"damaged, delete {path}"))
+                elif status.st_uid != os.getuid():
+                    left.append(Leftover(name, status.st_blocks * 512, f"it belongs to user {status.st_uid}"))
+    return removed, left
 
 
 # ======================================================================================================================
@@ -2809,36 +3062,59 @@ def _known_pools() -> list[KVCachePool]:
             continue
 
 
+def _expand_user(path: str) -> str:
+    """Return `path` with a leading ~ or ~user replaced by that home directory.
+
+    A HOME that is empty or relative is none, as a store must be the same from everywhere.
+    """
+    if not path.startswith("~"):
+        return path
+    user, _, rest = path[1:].partition("/")
+    home = "" if user else os.environ.get("HOME", "")
+    if not os.path.isabs(home):
+        import pwd
+
+        with contextlib.suppress(KeyError):
+            home = (pwd.getpwnam(user) if user else pwd.getpwuid(os.getuid())).pw_dir
+    if os.path.isabs(home):
+        return os.path.join(home, rest.lstrip("/"))
+    if user:
+        raise InvalidArgumentError(f"path {_show(path)}: there is no user {user!r}; ./~{user} is a file called so")
+    raise StorageError(
+        f"user {os.getuid()} has no home directory (no HOME, none in /etc/passwd): set CORTEX_CACHE_DIR, or give a "
+        "store directory (--store DIR)"
+    )
+
+
 def default_store_path() -> str:
-    """`$CORTEX_CACHE_DIR`, or ~/.config/cortex/kv_cache."""
-    return os.environ.get("CORTEX_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".config", "cortex", "kv_cache")
+    """Return `$CORTEX_CACHE_DIR`, or ~/.config/cortex/kv_cache; StorageError if there is neither."""
+    return _expand_user(os.environ.get("CORTEX_CACHE_DIR") or os.path.join("~", ".config", "cortex", "kv_cache"))
 
 
 def _real_store_path(store_path: str | os.PathLike[str] | None) -> str:
-    return os.path.realpath(check_path(store_path) if store_path is not None else default_store_path())
+    return os.path.realpath(_expand_user(check_path(store_path)) if store_path is not None else default_store_path())
 
 
 def _segment_paths(store_path: str, name: str) -> dict[str, str]:
-    """Tier -> path of the segment of that name. Names of two stores never meet: a digest of the store is in them."""
-    segment = f"{SEGMENT_PREFIX}{hashlib.sha256(os.fsencode(store_path)).hexdigest()[:12]}-{name}"
-    return {"cpu": f"{SHM_DIR}/{segment}", "nvme": os.path.join(store_path, segment)}
+    """Return tier -> path of the segment of that name.
 
-
-def _find_segment(path: str) -> SegmentHeader | None:
-    """The header of the pool at `path`, None if there is none. The caller holds the store lock.
-
-    What is left of a creation that was killed, or of a transient pool that nobody has open, is removed.
+    In /dev/shm a digest of the store keeps names of two stores apart. In the store directory itself the name does not
+    depend on the path, so that a directory can be renamed; no snapshot can have it, as pools have no @ in their names.
     """
-    try:
-        with _os_errors(f"open {path}"):
-            header = read_header(path)
-            if header is not None and not (header.transient and not _somebody_has_open(path)):
-                return header
-            os.unlink(path)
-    except StorageError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise
-    return None
+    digest = hashlib.sha256(os.fsencode(store_path)).hexdigest()[:12]
+    cpu = os.path.join(SHM_DIR, f"{SEGMENT_PREFIX}{digest}-{name}")
+    return {"cpu": cpu, "nvme": os.path.join(store_path, f"{SEGMENT_PREFIX}@nvme-{name}")}
+
+
+def _open_there(path: str) -> Segment | None:
+    """Return the segment at `path`, its name locked; None if there is none. Waits for a maker to be done."""
+    with _os_errors(f"open {path}"):
+        try:
+            return Segment(path)
+        except FileNotFoundError:
+            if os.path.islink(path):
+                raise StorageError(f"{path} is a symbolic link to nothing: delete it") from None
+            return None
 
 
 def _check_agreement(config: CachePoolConfig, there: CachePoolConfig) -> None:
@@ -2867,6 +3143,11 @@ def _open_segment(
     check_name(name)
     if sys.platform != "linux":
         raise UnsupportedError(f"pools need Linux (open-file-description locks, {SHM_DIR}); this is {sys.platform}")
+    if sys.byteorder != "little" or sys.maxsize < 1 << 32:
+        raise UnsupportedError(
+            f"pools need a 64-bit little-endian machine and Python; this is {os.uname().machine}, "
+            f"{sys.maxsize.bit_length() + 1}-bit, {sys.byteorder}-endian"
+        )
     paths = _segment_paths(store_path, name)
     new = None
     if config is not None:
@@ -2885,32 +3166,59 @@ def _open_segment(
         if config.persist_path is not None:
             if not isinstance(config.persist_path, str):
                 raise InvalidArgumentError(f"persist_path {_show(config.persist_path)} must be a str")
-            check_path(config.persist_path, "persist_path")
+            _expand_user(check_path(config.persist_path, "persist_path"))
         identity = os.urandom(8).hex()
         new = SegmentHeader(Geometry.of(config), config, store_path, transient, identity, config.eviction_policy)
         new.encode()
     if create:
-        with _os_errors(f"make the store directory {store_path}"):
+        try:
             os.makedirs(store_path, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot make the store directory {store_path}: {error.strerror}; choose another one "
+                "(CORTEX_CACHE_DIR, store_path, --store)"
+            ) from error
     elif not os.path.isdir(store_path):
         return None
 
-    def open_or_make() -> Segment | None:
+    def open_existing(segment: Segment) -> bool:
+        with _os_errors(f"open {segment.path}"):
+            there = segment.read_live_header()
+        if there is None:
+            return False
+        if exclusive:
+            raise PoolExistsError(f"pool {name!r} exists already: delete it first, or open it")
+        if config is not None:
+            first, now = there.first_policy, there.config.eviction_policy  # either will do
+            asked = replace(config, eviction_policy=now) if config.eviction_policy == first else config
+            _check_agreement(asked, there.config)
+        segment.map(there._replace(store_path=store_path))
+        return True
+
+    def take_name(path: str) -> Segment | None:
+        with _os_errors(f"create {path}"), contextlib.suppress(FileExistsError):
+            return None if any(map(os.path.lexists, paths.values())) else Segment(path, make=True)
+        return None
+
+    while True:
         for path in paths.values():
-            there = _find_segment(path)
-            if there is not None:
-                if exclusive:
-                    raise PoolExistsError(f"pool {name!r} exists already: delete it first, or open it")
-                if config is not None:
-                    first, now = there.first_policy, there.config.eviction_policy  # either will do
-                    asked = replace(config, eviction_policy=now) if config.eviction_policy == first else config
-                    _check_agreement(asked, there.config)
-                return Segment(path, there, create=False)
+            segment = _open_there(path)
+            if segment is not None:
+                try:
+                    if open_existing(segment):
+                        segment.unlock_name()
+                        return segment
+                    segment.close()
+                except BaseException:
+                    segment.close()
+                    raise
         if not create or new is None:
             return None
-        return Segment(paths[new.config.tier], new, create=True, progress=progress)
-
-    return _in_store(store_path, open_or_make)
+        made = _in_store(store_path, functools.partial(take_name, paths[new.config.tier]))
+        if made is not None:  # else another process has taken the name: wait for it
+            made.make(new, progress)
+            made.unlock_name()
+            return made
 
 
 def _wait_for_lock(fd: int, words: memoryview) -> None:
@@ -2959,7 +3267,7 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                 self._is_locked = True  # to the very end: a handler that came in would unlock for us
                 segment = self._segment
                 if segment is None or (self._closing and not ends_something):
-                    raise PoolClosedError.of(self.name)
+                    raise PoolClosedError.of(self.name, self._lost)
                 fd = segment.fd
                 try:
                     flock(fd, try_lock)
@@ -3214,6 +3522,8 @@ class KVCachePool:
     are copied outside it. After `fork` the child goes on with locks of its own; views and pins stay the parent's.
     """
 
+    _lost = "is closed"  # or how it came to be
+
     def __init__(
         self, config: CachePoolConfig, create: bool = True, *, store_path: str | os.PathLike[str] | None = None
     ) -> None:
@@ -3225,11 +3535,10 @@ class KVCachePool:
         if not isinstance(config, CachePoolConfig):
             raise InvalidArgumentError(f"config is a {type(config).__name__}, it must be a CachePoolConfig")
         store = _real_store_path(store_path)
-        with _no_fork:
-            segment = _open_segment(store, config.name, config, create=create, transient=True)
-            if segment is None:
-                raise PoolNotFoundError(f"there is no pool {config.name!r} in {store}: create it first")
-            self._start(segment)
+        segment = _open_segment(store, config.name, config, create=create, transient=True)
+        if segment is None:
+            raise PoolNotFoundError(f"there is no pool {config.name!r} in {store}: create it first")
+        self._start(segment)
 
     @classmethod
     def attach(cls, name: str, store_path: str | os.PathLike[str] | None = None) -> KVCachePool:
@@ -3243,13 +3552,12 @@ class KVCachePool:
     @classmethod
     def _open(cls, store_path: str, name: str, config: CachePoolConfig | None = None, **how: Any) -> KVCachePool | None:
         """A handle on what `_open_segment` finds or makes."""
-        with _no_fork:
-            segment = _open_segment(store_path, name, config, **how)
-            if segment is None:
-                return None
-            pool = cls.__new__(cls)
-            pool._start(segment)
-            return pool
+        segment = _open_segment(store_path, name, config, **how)
+        if segment is None:
+            return None
+        pool = cls.__new__(cls)
+        pool._start(segment)
+        return pool
 
     def _start(self, segment: Segment) -> None:
         self._segment: Segment | None = segment  # None once closed
@@ -3298,6 +3606,7 @@ class KVCachePool:
             segment.map_ghosts() if self._config.eviction_policy == EvictionPolicy.ADAPTIVE.value else None,
         )
         _open_pools.add(self)
+        segment.is_owned = True
         try:
             self._join()
         except BaseException:
@@ -3368,7 +3677,7 @@ class KVCachePool:
 
     def _check_open(self) -> None:
         if self._segment is None or self._closing:
-            raise PoolClosedError.of(self.name)
+            raise PoolClosedError.of(self.name, self._lost)
 
     def __del__(self) -> None:
         # This may run inside a call to another pool, where waiting for a lock could be for ever: so none is taken.
@@ -3432,17 +3741,15 @@ class KVCachePool:
         _open_pools.discard(self)
 
     def _remove_name(self, wait: bool, only_if_unused: bool = False) -> None:
-        def remove() -> None:
-            with _os_errors(f"delete {self._path}"), contextlib.suppress(FileNotFoundError):
-                header = read_header(self._path)
-                same = header is not None and header.identity == self._identity  # not a later pool of that name
-                if same and not (only_if_unused and _somebody_has_open(self._path)):
-                    os.unlink(self._path)
+        def is_ours(header: SegmentHeader | None) -> bool:
+            return header is not None and header.identity == self._identity  # not a later pool of that name
 
-        if os.path.isdir(self.store_path):
-            _in_store(self.store_path, remove, wait)
-        else:  # nobody can open the pool by name any more
-            remove()
+        with _os_errors(f"delete {self._path}"), contextlib.suppress(FileNotFoundError):
+            if not is_ours(read_header(self._path)):  # never waits for the maker of a later one
+                return
+            with Segment(self._path, wait=wait) as segment:
+                if is_ours(read_header(self._path)) and not (only_if_unused and segment.is_in_use()):
+                    os.unlink(self._path)
 
     def _after_fork(self) -> None:
         """In a forked child: locks and session of our own, and none of the parent's views, pins and writes."""
@@ -3462,7 +3769,8 @@ class KVCachePool:
         elif segment is not None:
             try:
                 segment.reopen_after_fork()
-            except OSError:  # out of file descriptors, or no /proc: better closed than without locks
+            except OSError as error:  # out of file descriptors, no /proc, no permission: closed, not without locks
+                self._lost = f"could not get locks of its own in this forked child ({error.strerror})"
                 self._shut(wait=False)
 
     # --- putting in order --------------------------------------------------------------------------------------------
@@ -3481,9 +3789,8 @@ class KVCachePool:
         segment = self._segment
         assert segment is not None
         words = self._words
-        if words[BOOT_ID] != _boot_id():  # an nvme pool after a reboot, or a power failure
-            words[DIRTY] = 1
-            words[BOOT_ID] = _boot_id()
+        if segment.session < 0:
+            segment.note_boot_locked()
         untidy = len(self._untidy)
         if words[POLICY] != self._policy:
             self._follow_policy_locked()
@@ -4752,7 +5059,8 @@ class KVCachePool:
     @property
     def default_snapshot_path(self) -> str:
         """Where `persist` writes when it is given no path."""
-        return self._config.persist_path or os.path.join(self.store_path, self.name + SNAPSHOT_SUFFIX)
+        given = self._config.persist_path
+        return _expand_user(given) if given else os.path.join(self.store_path, self.name + SNAPSHOT_SUFFIX)
 
     def persist(self, path: str | os.PathLike[str] | None = None, progress: Progress | None = None) -> bool:
         """Write all entries to a safetensors file, which is replaced whole or not at all; True when it is on the disk.
@@ -5501,36 +5809,36 @@ class CacheStore:
         return KVCachePool._open(self.store_path, name)
 
     def delete(self, name: str) -> bool:
-        """Delete a pool, a damaged one too; False if there is none. Who has it open keeps it until closing it."""
+        """Delete a pool, a damaged one too; False if there is none. Open handles keep it until they are closed.
+
+        A pool that is being made is waited for and then deleted.
+        """
         check_name(name)
 
-        def delete() -> bool:
-            found = False
-            with _os_errors(f"delete pool {name!r}"):
-                for path in _segment_paths(self.store_path, name).values():
+        if not os.path.isdir(self.store_path):
+            return False
+        found = False
+        with _os_errors(f"delete pool {name!r}"):
+            for path in _segment_paths(self.store_path, name).values():
+                with contextlib.suppress(FileNotFoundError), Segment(path) as segment:
                     with contextlib.suppress(CorruptionError):
-                        if not os.path.lexists(path) or _find_segment(path) is None:
+                        if segment.read_live_header() is None:
                             continue
                     os.unlink(path)
                     found = True
-            return found
-
-        return os.path.isdir(self.store_path) and _in_store(self.store_path, delete)
+        return found
 
     def list(self) -> builtins.list[str]:
-        """Names of the pools, sorted; damaged ones too."""
-
-        def names() -> builtins.list[str]:
-            found = set()
+        """Return the names of the pools, sorted; damaged ones too. Never waits; pools being made are not there yet."""
+        found: set[str] = set()
+        if os.path.isdir(self.store_path):
             with _os_errors(f"list the pools of {self.store_path}"):
                 for example in _segment_paths(self.store_path, "").values():
                     directory, prefix = os.path.split(example)
                     for segment in os.listdir(directory):
-                        if segment.startswith(prefix) and self._is_there(os.path.join(directory, segment)):
+                        if segment.startswith(prefix) and _is_there(os.path.join(directory, segment)):
                             found.add(segment.removeprefix(prefix))
-            return sorted(found)
-
-        return _in_store(self.store_path, names) if os.path.isdir(self.store_path) else []
+        return sorted(found)
 
     def restore(
         self,
@@ -5546,50 +5854,29 @@ class CacheStore:
         return found[0] if found else None
 
     @staticmethod
-    def prune() -> builtins.list[str]:
+    def prune(force: bool = False) -> builtins.list[str]:
         """Remove shared memory that nobody can use any more; returns the names of the segments.
 
-        That is: segments whose store directory is gone and that nobody has open, and what killed processes left of
-        transient pools and of pools being made. Others stay, damaged ones too.
+        That is what killed processes left of transient pools and of pools being made. With `force` also durable pools
+        that nobody has open and whose store directory is not there. Mind that another container may see it. Others
+        stay, damaged ones too.
         """
-        removed = []
-        for segment in sorted(os.listdir(SHM_DIR)):
-            path = os.path.join(SHM_DIR, segment)
-            if segment.startswith(SEGMENT_PREFIX):
-                with (
-                    contextlib.suppress(CacheError, OSError),
-                    _no_fork,
-                ):  # not ours, damaged, or in the hands of another process
-                    if _prune_segment(path):
-                        removed.append(segment)
-        return removed
+        with _os_errors(f"prune {SHM_DIR}"):
+            return _remove_leftovers(SHM_DIR, force)[0]
 
-    @staticmethod
-    def _is_there(path: str) -> bool:
-        try:
-            return _find_segment(path) is not None
-        except CacheError:  # damaged, or another user's: it is there all the same
+
+def _is_there(path: str) -> bool:
+    """Return True if a pool is at `path`; never waits. What dead processes left is removed."""
+    try:
+        header = read_header(path)
+        if header is not None and (not header.transient or _somebody_has_open(path)):
             return True
-
-
-def _prune_segment(path: str) -> bool:
-    """Remove one segment if it is of no use to anybody."""
-    header = read_header(path)
-    if header is not None:
-        if os.path.isdir(header.store_path):
-            return _in_store(header.store_path, lambda: _find_segment(path) is None)
-        if _somebody_has_open(path):
-            return False
-    else:  # being made, or its maker was killed
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the maker holds this, from a moment after its begin on
-            if time.time() - os.fstat(fd).st_mtime < UNFINISHED_SECONDS:
-                return False
-        finally:
-            os.close(fd)
-    os.unlink(path)
-    return True
+        with Segment(path, wait=False) as segment:
+            return segment.read_live_header() is not None
+    except (FileNotFoundError, BlockingIOError):  # being made, opened or removed
+        return False
+    except (CacheError, OSError):  # damaged, or another user's: it is there all the same
+        return True
 
 
 # ======================================================================================================================
@@ -5800,7 +6087,14 @@ class KVCacheCLI:
     """The commands of `cortex cache`, one method each: takes the parsed arguments, returns the exit code."""
 
     def __init__(self, store_path: str | None = None) -> None:
-        self.store = CacheStore(store_path)
+        self._store_path = store_path
+
+    def __getattr__(self, name: str) -> CacheStore:
+        """Make `store` when a command first needs it: some do without, and work without a home directory."""
+        if name != "store":
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self.store = CacheStore(self._store_path)
+        return self.store
 
     def create(self, args: argparse.Namespace) -> int:
         """make a pool that stays until it is deleted"""
@@ -6029,14 +6323,18 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def prune(self, args: argparse.Namespace) -> int:
-        """remove segments whose store directory is gone"""
-        removed = self.store.prune()
+        """remove what killed processes left in shared memory"""
+        with _os_errors(f"prune {SHM_DIR}"):
+            removed, left = _remove_leftovers(SHM_DIR, bool(vars(args).get("force")))
         if vars(args).get("json"):
             _out(json.dumps(removed, indent=2))
         else:
             for segment in removed:
                 _out(segment)
         _say(f"removed {_plural(len(removed), 'segment')}")
+        kept = [f"{item.name} ({format_size(item.size_bytes)})" for item in left if item.why == OUT_OF_SIGHT]
+        if kept:
+            _say(f"kept, as their store directory is not to be seen from here: {', '.join(kept)}; --force removes them")
         return EXIT_DONE
 
     def replay(self, args: argparse.Namespace) -> int:
@@ -6360,7 +6658,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--fix", action="store_true", help="rebuild what is derived, drop records that can't be right")
     sub = command("delete")
     sub.add_argument("name", metavar="NAME")
-    command("prune", json_too=True)
+    sub = command("prune", json_too=True)
+    force_help = "also remove pools that nobody has open and whose store directory is not to be seen from here"
+    sub.add_argument("--force", action="store_true", help=force_help)
     sub = command("replay", json_too=True)
     sub.add_argument(
         "trace", metavar="TRACE|NAME", help="JSON lines with hash_ids, or of parent blocks; or a pool that records"

@@ -32,7 +32,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -781,9 +781,9 @@ def tell(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
-def open_config(**changes: Any) -> str:
-    """Source text of `make_config(**changes)`, for workers."""
-    return repr(make_config(**changes))
+def open_config(*args: Any, **changes: Any) -> str:
+    """Source text of `make_config(...)`, for workers."""
+    return repr(make_config(*args, **changes))
 
 
 class TestSegment:
@@ -968,6 +968,74 @@ class TestSegment:
             assert pool.check() == []
             assert pool.get("key") == b"value"
             assert pool.get_stats()["allocated_blocks"] == 1
+
+    @pytest.mark.parametrize(("tier", "asks"), [("cpu", False), ("nvme", True)])
+    def test_boots_that_take_turns_cost_one_rebuild_each(
+        self, tier: str, asks: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.store_pool(tier=tier)
+        assert not self.open_rebuilds()
+        for boot, expected in ((5, True), (6, True), (5, False), (6, False), (0, False), (7, True), (5, False)):
+            monkeypatch.setattr(kv, "_boot_id", lambda boot=boot: boot)  # of containers, say; 0: it can't be read
+            assert self.open_rebuilds() == (expected and asks)
+        with KVCachePool.attach("pool") as pool:
+            assert (pool.get("key"), pool.check()) == (b"value", [])
+
+    def open_rebuilds(self) -> bool:
+        """Return True if opening the pool rebuilds its index."""
+        real, seen = KVCachePool._rebuild_locked, []
+
+        def rebuild(pool: KVCachePool) -> Any:
+            seen.append(pool)
+            return real(pool)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(KVCachePool, "_rebuild_locked", rebuild)
+            KVCachePool.attach("pool").close()
+        return bool(seen)
+
+    def test_a_boot_id_that_cannot_be_read_is_the_time_of_the_boot_or_none(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        files = {"/proc/sys/kernel/random/boot_id": "abc\n", "/proc/stat": "cpu 1 2\nbtime 17\nctxt 5\n"}
+        monkeypatch.setattr(kv, "_read_text", lambda path: files.get(path, ""))
+        found = []
+        for gone in (None, "/proc/sys/kernel/random/boot_id", "/proc/stat"):
+            files.pop(gone or "", None)
+            found.append(kv._boot_id.__wrapped__())
+        assert found == [zlib.crc32(b"abc"), zlib.crc32(b"btime 17"), 0]
+
+    def test_ghosts_that_were_made_in_part_are_made_whole(self) -> None:
+        """A crash in the middle of a `posix_fallocate` that the C library emulates leaves a file of such a length."""
+        path = self.store_pool(tier="nvme")
+        with KVCachePool.attach("pool") as pool:
+            geometry = pool._geometry
+        for length in (geometry.total_bytes + 1, geometry.bytes_with_ghosts - 1):
+            os.truncate(path, length)
+            with KVCachePool.attach("pool") as pool:
+                assert (pool.get("key"), pool.check()) == (b"value", [])
+                pool.set_eviction_policy("adaptive")
+            assert os.stat(path).st_size == geometry.bytes_with_ghosts
+            os.truncate(path, length)  # under adaptive too
+            with KVCachePool.attach("pool") as pool:
+                assert (pool.get("key"), pool.check()) == (b"value", [])
+                assert os.stat(path).st_size == geometry.bytes_with_ghosts
+                pool.set_eviction_policy("lru")
+        os.truncate(path, geometry.total_bytes - 1)
+        with pytest.raises(kv.CorruptionError, match=f"{geometry.total_bytes - 1} bytes.*{geometry.total_bytes}"):
+            KVCachePool.attach("pool")
+
+    @pytest.mark.parametrize(
+        ("name", "value", "shown"), [("byteorder", "big", "big-endian"), ("maxsize", 2**31 - 1, "32-bit")]
+    )
+    def test_machines_that_the_layout_does_not_suit(
+        self, name: str, value: Any, shown: str, store_dir: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, name, value)
+        for opening in (make_pool, lambda: CacheStore().create(make_config()), lambda: KVCachePool.attach("pool")):
+            with pytest.raises(kv.UnsupportedError, match=f"64-bit little-endian.*{shown}"):
+                opening()
+        assert not os.path.exists(store_dir)
 
     @pytest.mark.parametrize(
         ("changes", "error", "match"),
@@ -3012,6 +3080,48 @@ class TestTraps:
             assert pool.get("k") == b"x"
             assert_sound(pool)
 
+    @pytest.mark.parametrize("errno", [kv.errno.EMFILE, kv.errno.EACCES])
+    def test_a_forked_child_without_locks_of_its_own_says_why(
+        self, errno: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.open
+
+        def full(path: Any, *how: Any, **more: Any) -> int:
+            if str(path).startswith("/proc/self/fd/"):
+                raise OSError(errno, os.strerror(errno), path)
+            return real(path, *how, **more)
+
+        with make_pool() as pool:
+            pool.put("k", b"x")
+            monkeypatch.setattr(os, "open", full)
+
+            def use_in_child() -> None:
+                calls = (lambda: pool.put("k", b"y"), lambda: pool.get("k"), lambda: pool.view("k").__enter__())
+                for call in (*calls, pool.get_stats, pool.__enter__, lambda: "k" in pool):
+                    with pytest.raises(kv.PoolClosedError, match=f"forked child .{os.strerror(errno)}"):
+                        call()
+
+            assert in_child(use_in_child) == 0
+            assert (pool.get("k"), pool.check()) == (b"x", [])
+
+    def test_a_process_that_has_dropped_root_goes_on_when_the_policy_becomes_adaptive(self) -> None:
+        if os.geteuid():
+            pytest.skip("needs root")
+        with (
+            make_pool() as pool,
+            worker(
+                "pool = KVCachePool.attach('pool')",
+                "os.setgroups([]); os.setgid(65534); os.setuid(65534)",
+                "say(); wait(); say(pool.put('new', b'y')); say(pool.get('k')); say(pool.config.eviction_policy)",
+                "pool.set_eviction_policy('lru'); pool.set_eviction_policy('adaptive'); say(pool.check())",
+            ) as process,
+        ):
+            pool.put("k", b"x")
+            assert hear(process) == "ready"
+            pool.set_eviction_policy("adaptive")
+            tell(process)
+            assert [hear(process) for _ in range(4)] == ["True", "b'x'", "adaptive", "[]"]
+
     def test_pins_of_the_dead_are_released(self) -> None:
         with make_pool(4) as pool:
             pool.put("k", payload("k", 4 * BLOCK_SIZE))
@@ -3178,15 +3288,15 @@ class TestOutliving:
             with KVCachePool.attach("pool") as pool:
                 if way == "view_tensor":
                     with pool.view_tensor("k") as array:
-                        return [array[1:][:0], array]
+                        return [array]
                 with pool.view("k") as view:
                     return [numpy.frombuffer(view, "u1")]
 
         with make_pool(4) as keeper:
             keeper.put("k", payload("k", 4 * BLOCK_SIZE))
             kept = use()
-            assert not kept[-1].flags.writeable
-            self.check(keeper, kept[-1:] if way == "frombuffer" else kept[1:] and [kept.pop()], lambda a: a.tobytes())
+            assert not kept[0].flags.writeable
+            self.check(keeper, kept, lambda array: array.tobytes())
 
     def test_a_torch_tensor_outlives_its_handle(self) -> None:
         torch_or_skip()
@@ -3328,7 +3438,7 @@ class TestForks:
             lambda pool: pool.view("k").__enter__(),
             lambda pool: pool.close(),
             lambda pool: pool.unlink(),
-            lambda pool: list(pool),
+            list,
             lambda pool: CacheStore().list(),
             lambda pool: KVCachePool.attach("pool"),
         ],
@@ -3512,7 +3622,7 @@ class TestEnding:
     def ending(work: str) -> Iterator[subprocess.Popen[str]]:
         """A process at its end: the module's exit handler has run, another one still runs."""
         source = ENDING.format(work=work.replace("\n", "\n    "))
-        pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         with subprocess.Popen([sys.executable, "-c", source], cwd=Path(MODULE).parent, text=True, **pipes) as process:
             try:
                 assert hear(process) == "ending"
@@ -3520,7 +3630,7 @@ class TestEnding:
             finally:
                 process.kill()
 
-    HOLDING = {
+    HOLDING: ClassVar = {
         "reservation": "with pool.reserve('k', 4 * 4096) as view: began.set(); time.sleep(60)",
         "view": "with pool.view('old') as view: began.set(); time.sleep(60)",
         "array": "import mmap\nview = pool.view('old').__enter__()[1:]; began.set(); time.sleep(60)",
@@ -3539,7 +3649,7 @@ class TestEnding:
             assert pool.get("new") == payload("new", 4 * BLOCK_SIZE)
             assert_sound(pool)
 
-    CALLING = {
+    CALLING: ClassVar = {
         "get": "pool.get('old')",
         "miss": "pool.get('absent')",
         "in": "'old' in pool; pool.get_stats()",
@@ -3603,8 +3713,8 @@ class TestEnding:
 class TestSteps:
     """What takes long works in steps: others go on in between, and nothing that is there throughout is missed."""
 
-    LONG = {
-        "list": lambda pool: list(pool),
+    LONG: ClassVar = {
+        "list": list,
         "entries": lambda pool: list(pool.entries.items()),
         "persist": lambda pool: pool.persist(),
         "clear": lambda pool: pool.clear(),
@@ -3696,7 +3806,7 @@ class TestSteps:
         with make_pool(400, max_entries=200, eviction_policy=name) as pool:
             if policy == "weights":
                 pool.configure_adaptive({"recency_weight": 1, "frequency_weight": 2, "size_weight": 3})
-            for i in range(600):
+            for _ in range(600):
                 key = f"k{randomness.randrange(150)}"
                 if randomness.random() < 0.5:
                     pool.put(key, bytes(randomness.randrange(1, 4 * BLOCK_SIZE)), priority=randomness.randrange(3))
@@ -3812,18 +3922,18 @@ class TestSteps:
 class TestClosedMeanwhile:
     """`close` in another thread, at any line of a call: the call ends as it would, or with PoolClosedError."""
 
-    CALLS = {
+    CALLS: ClassVar = {
         "get": lambda pool: pool.get("k"),
         "large get": lambda pool: pool.get("large"),
         "miss": lambda pool: pool.get("absent"),
         "put": lambda pool: pool.put("k", b"new"),
         "large put": lambda pool: pool.put("new", bytes(20 * BLOCK_SIZE)),
         "no room": lambda pool: pool.put("new", bytes(63 * BLOCK_SIZE)),
-        "view": lambda pool: view_and_use(pool),
-        "reserve": lambda pool: reserve_and_fill(pool),
+        "view": view_and_use,
+        "reserve": reserve_and_fill,
         "in": lambda pool: "k" in pool,
         "pin": lambda pool: (pool.pin("k"), pool.unpin("k")),
-        "list": lambda pool: list(pool),
+        "list": list,
         "stats": lambda pool: pool.get_stats(),
         "config": lambda pool: pool.config,
         "can_allocate": lambda pool: pool.can_allocate(5),
@@ -3835,9 +3945,10 @@ class TestClosedMeanwhile:
 
     @pytest.mark.parametrize("name", CALLS)
     def test_close_at_any_line(self, name: str) -> None:
+        at = count = 0
+        closer = threading.Thread()
         with make_pool(64) as keeper:
             lines = 1
-            at = 0
             while at < lines:
                 keeper.clear()
                 keeper.put("k", b"value", prefix_hash="p")
@@ -3846,28 +3957,27 @@ class TestClosedMeanwhile:
                 pool = KVCachePool.attach("pool")
                 count = 0
 
-                def trace(frame: Any, event: str, _: Any, pool: KVCachePool = pool) -> Any:
+                def trace(frame: Any, event: str, _: Any) -> Any:
                     nonlocal count
                     if frame.f_code.co_filename != MODULE:
                         return None
                     if event == "line":
                         if count == at:
-                            closer = threading.Thread(target=pool.close)
                             closer.start()
                             closer.join(0.02)  # it waits where the call is under the lock
-                            closers.append(closer)
                         count += 1
                     return trace
 
-                closers: list[threading.Thread] = []
+                closer = threading.Thread(target=pool.close)
+                before = sys.gettrace()  # of coverage
                 sys.settrace(trace)
                 try:
                     self.CALLS[name](pool)
                 except kv.PoolClosedError:
                     pass
                 finally:
-                    sys.settrace(None)
-                for closer in closers:
+                    sys.settrace(before)
+                if closer.ident:
                     closer.join()
                 pool.close()
                 lines = max(lines, count)
@@ -5070,14 +5180,16 @@ class TestStore:
             process.wait()
             assert CacheStore().list() == []
 
-    def test_prune_removes_segments_whose_store_is_gone(self, tmp_path: Path) -> None:
+    def test_prune_removes_segments_whose_store_is_gone_by_force_only(self, tmp_path: Path) -> None:
         with CacheStore(tmp_path / "gone").create(make_config()) as pool:
             segment = os.path.basename(pool._path)
             shutil.rmtree(tmp_path / "gone")
-            assert segment not in CacheStore.prune()  # in use
+            assert segment not in CacheStore.prune(force=True)  # in use
             assert pool.put("key", b"value")
-        assert segment in CacheStore.prune()
-        assert segment not in [*CacheStore.prune(), *os.listdir("/dev/shm")]
+        assert segment not in CacheStore.prune()  # the directory may be there in another container
+        assert segment in os.listdir("/dev/shm")
+        assert segment in CacheStore.prune(force=True)
+        assert segment not in [*CacheStore.prune(force=True), *os.listdir("/dev/shm")]
 
     def test_prune_removes_what_killed_processes_left(self) -> None:
         with worker(f"pool = KVCachePool({open_config()})", "say(pool._path); wait()") as process:
@@ -5087,7 +5199,6 @@ class TestStore:
             process.wait()
         unfinished = Path(f"{path}-unfinished")
         unfinished.write_bytes(bytes(8192))
-        os.utime(unfinished, (0, 0))  # younger ones may be in the making
         try:
             assert os.path.exists(path)
             assert {os.path.basename(path), unfinished.name} <= set(CacheStore.prune())
@@ -5335,6 +5446,592 @@ class TestLifetime:
             assert (process.exitcode, pool.get("key")) == (0, b"from the child")
             process.close()
             assert pool.get_stats()["attached_pids"] == [os.getpid()]
+
+
+def needs_root(*namespaces: str) -> None:
+    """Skip where a process can't have namespaces of its own, such as a mount namespace (`unshare -m`)."""
+    if os.geteuid() or subprocess.run(["unshare", *namespaces, "true"], capture_output=True, check=False).returncode:
+        pytest.skip(f"needs root and unshare {' '.join(namespaces)}")
+
+
+@contextlib.contextmanager
+def worker_in(shell: str, *lines: str) -> Iterator[subprocess.Popen[str]]:
+    """A `worker` in a mount namespace of its own, in which the shell commands have run before."""
+    command = ["unshare", "-m", "sh", "-c", f'mount --make-rprivate / && {shell} && exec "$@"', "sh", *script(*lines)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=Path(MODULE).parent, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+# Where a maker can be stopped: name -> the call that stops it.
+MAKER_STEPS = {
+    "created": "kv._try_lock_byte",
+    "locked": "os.fchmod",
+    "reserving": "os.posix_fallocate",
+    "zeroing": "os.pwrite",  # tier cpu only
+    "mapping": "kv.Segment.map",
+    "publishing": "kv.Segment._publish",
+    "published": "kv.Segment.unlock_name",
+}
+
+
+def stop_at(step: str) -> tuple[str, ...]:
+    """Lines that make a worker say so and wait, the first time that it comes to that step of making a pool."""
+    target = MAKER_STEPS[step]
+    return (
+        "stops = [None]",
+        f"real = {target}",
+        "def stop(*args):",
+        "    if stops and args[:1] != (-1,):",
+        "        stops.clear(); say('stopped'); wait()",
+        "    return real(*args)",
+        f"{target} = stop",
+    )
+
+
+# Lines that make a worker wait, and then say so when it is about to lock the name of a segment.
+SAY_LOCKING = (
+    "wait()",
+    "real_lock = kv._record_lock",
+    "def lock(fd, kind, offset, command):",
+    "    if offset == kv.NAME_BYTE and kind == kv.fcntl.F_WRLCK: kv._record_lock = real_lock; say('locking')",
+    "    return real_lock(fd, kind, offset, command)",
+    "kv._record_lock = lock",
+)
+
+
+class TestNames:
+    """Making, opening and removing exclude each other by a lock on the segment's own file."""
+
+    def test_two_containers_with_one_shared_memory_open_one_pool(self, store_dir: str) -> None:
+        needs_root("-m")
+        os.mkdir(store_dir)
+        lines = (
+            f"pool = KVCachePool({open_config()})",
+            "say('open'); wait(); pool.put(str(os.getpid()), b'here')",
+            "say('put'); wait(); say(f'{len(pool)} {pool.check()}'); wait()",
+        )
+        shell = f"mount -t tmpfs none {shlex.quote(store_dir)}"
+        with (
+            worker_in(shell, *stop_at("zeroing"), *lines) as maker,
+            worker_in(shell, *SAY_LOCKING, *lines) as other,
+        ):
+            assert hear(maker) == "stopped"
+            tell(other)
+            assert hear(other) == "locking"  # it goes on once the maker is done
+            tell(maker)
+            for answer in ("open", "put", "2 []"):
+                assert (hear(maker), hear(other)) == (answer, answer)
+                tell(maker)
+                tell(other)
+
+    @pytest.mark.parametrize("end", ["killed", "goes on"])
+    @pytest.mark.parametrize(
+        ("tier", "step"),
+        [(tier, step) for tier in ("cpu", "nvme") for step in MAKER_STEPS if (tier, step) != ("nvme", "zeroing")],
+    )
+    def test_a_maker_that_stops_at_any_step(self, tier: str, step: str, end: str) -> None:
+        """Killed there it holds nobody up, and going on it comes to the one pool that all others have."""
+        config = open_config(tier=tier)
+        opening = (f"pool = KVCachePool({config})", "say(pool.put(str(os.getpid()), b'here')); wait()")
+        with worker(*stop_at(step), *opening) as maker, worker(*SAY_LOCKING, *opening) as other:
+            assert hear(maker) == "stopped"
+            if step != "created":  # then it is still to be made
+                assert CacheStore().list() == (["pool"] if step == "published" else [])
+                CacheStore.prune()
+            tell(other)
+            assert hear(other) == "locking"
+            if end == "killed":
+                maker.kill()
+                maker.wait()
+            else:
+                tell(maker)
+                assert hear(maker) == "True"
+            assert hear(other) == "True"
+            with KVCachePool.attach("pool") as pool:
+                assert set(pool) == ({str(other.pid)} if end == "killed" else {str(maker.pid), str(other.pid)})
+                assert pool.check() == []
+
+    def test_nobody_waits_for_a_pool_of_another_name_that_is_being_made(self, store_dir: str) -> None:
+        CacheStore().create(make_config("there")).close()
+        with worker(*stop_at("zeroing"), f"CacheStore().create({open_config()}).close(); say('made')") as maker:
+            assert hear(maker) == "stopped"
+            with make_pool(name="new") as new, KVCachePool.attach("there") as there:
+                assert new.put("k", b"x")
+                assert there.put("k", b"x")
+                assert CacheStore().list() == ["new", "there"]
+                status = json.loads(run_cli("status", "--json", timeout=20).stdout)
+                assert [stats["name"] for stats in status] == ["new", "there"]
+            assert CacheStore().delete("there")
+            tell(maker)
+            assert hear(maker) == "made"
+        assert CacheStore().list() == ["pool"]
+
+    def test_other_threads_of_the_maker_do_not_wait_and_forked_children_hold_nothing(
+        self, store_dir: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(kv, "RESERVE_CHUNK", 64 * KiB)
+        stopped, go_on, pools = threading.Event(), threading.Event(), []
+
+        def progress(*_: int) -> None:
+            stopped.set()
+            go_on.wait(30)
+
+        thread = threading.Thread(target=lambda: pools.append(CacheStore().create(make_config(blocks=64), progress)))
+        thread.start()
+        reader, writer = os.pipe()
+        try:
+            assert stopped.wait(30)
+            with make_pool(name="other") as other:
+                assert other.put("k", b"x")
+                assert CacheStore().list() == ["other"]
+            child = os.fork()
+            if not child:
+                os.close(writer)
+                os.read(reader, 1)  # lives on, with whatever it inherited
+                os._exit(0)
+            go_on.set()
+            thread.join()
+            (pool,) = pools
+            assert CacheStore().list() == ["pool"]
+            with worker("say(KVCachePool.attach('pool').put('k', b'x'))") as process:  # a child may hold no lock
+                assert hear(process) == "True"
+            path = pool._path
+            pool.close()
+            assert not kv._somebody_has_open(path)
+        finally:
+            go_on.set()
+            thread.join()
+            os.close(writer)
+            os.waitpid(child, 0)
+            os.close(reader)
+
+    def test_a_pool_that_is_deleted_while_it_is_made_is_waited_for(self) -> None:
+        making = f"pool = CacheStore().create({open_config()}); say(pool.put('k', b'x'))"
+        with (
+            worker(*stop_at("zeroing"), making) as maker,
+            worker(*SAY_LOCKING, "say(CacheStore().delete('pool'))") as deleting,
+        ):
+            assert hear(maker) == "stopped"
+            tell(deleting)
+            assert hear(deleting) == "locking"
+            tell(maker)
+            assert hear(maker) == hear(deleting) == "True"
+            assert CacheStore().list() == []
+
+    def test_one_name_is_not_made_in_two_tiers(self) -> None:
+        with (
+            worker(*stop_at("zeroing"), f"pool = KVCachePool({open_config()}); say(); wait()") as maker,
+            worker(
+                *SAY_LOCKING,
+                f"try: KVCachePool({open_config(tier='nvme')})",
+                "except kv.PoolMismatchError as error: say(error)",
+            ) as other,
+        ):
+            assert hear(maker) == "stopped"
+            tell(other)
+            assert hear(other) == "locking"
+            tell(maker)
+            assert hear(maker) == "ready"
+            assert "tier cpu" in hear(other)
+
+    @pytest.mark.parametrize("leftover", ["transient", "unfinished"])
+    def test_what_is_made_while_prune_removes_a_leftover_stays(self, leftover: str, store_dir: str) -> None:
+        path = kv._segment_paths(os.path.realpath(store_dir), "pool")["cpu"]
+        with worker(
+            *stop_at("zeroing" if leftover == "unfinished" else "published"), f"KVCachePool({open_config()})"
+        ) as maker:
+            assert hear(maker) == "stopped"
+        with (
+            worker(
+                "real = os.unlink",
+                "def stop(path):",
+                f"    if path == {path!r}: say('unlinking'); wait()",
+                "    real(path)",
+                "os.unlink = stop",
+                "CacheStore.prune(); say('done')",
+            ) as pruning,
+            worker(*SAY_LOCKING, f"CacheStore().create({open_config()}).close(); say('made')") as making,
+        ):
+            assert hear(pruning) == "unlinking"
+            tell(making)
+            assert hear(making) == "locking"
+            tell(pruning)
+            assert (hear(pruning), hear(making)) == ("done", "made")
+        assert CacheStore().list() == ["pool"]
+
+    def test_closing_an_old_handle_does_not_wait_for_the_maker_of_the_next_pool(self) -> None:
+        with make_pool() as old:
+            CacheStore().delete("pool")
+            with worker(*stop_at("zeroing"), f"pool = KVCachePool({open_config()}); say(); wait()") as maker:
+                assert hear(maker) == "stopped"
+                old.close()
+                tell(maker)
+                assert hear(maker) == "ready"
+                assert CacheStore().list() == ["pool"]
+
+    def test_a_link_to_nothing_is_one_clear_error(self, store_dir: str) -> None:
+        os.makedirs(store_dir)
+        os.symlink("nothing", kv._segment_paths(os.path.realpath(store_dir), "pool")["nvme"])
+        for make in (KVCachePool, CacheStore().create):
+            with pytest.raises(kv.StorageError, match="symbolic link"):
+                make(make_config(tier="nvme"))
+
+    def test_opening_closing_killing_pruning_and_listing_at_once(self, store_dir: str) -> None:
+        opening = (
+            "import time; end = time.monotonic() + 3; number = 0",
+            "while time.monotonic() < end:",
+            f"    pool = KVCachePool({open_config()}); number += 1; key = f'{{os.getpid()}} {{number}}'",
+            "    assert pool.put(key, key.encode())",
+            "    with KVCachePool.attach('pool') as same: assert same.get(key) == key.encode()",
+            "    pool.close()",
+        )
+        with contextlib.ExitStack() as stack:
+            others = [stack.enter_context(worker(*opening)) for _ in range(3)]
+            others.append(
+                stack.enter_context(
+                    worker(
+                        "import time; end = time.monotonic() + 3",
+                        "while time.monotonic() < end: CacheStore.prune(); CacheStore().list()",
+                    )
+                )
+            )
+            while any(process.poll() is None for process in others):
+                with worker(*opening) as victim:
+                    time.sleep(random.uniform(0.1, 0.4))  # anywhere in its loop
+                    victim.kill()
+            assert [process.wait() for process in others] == [0] * 4
+        assert CacheStore().list() == []
+
+
+class TestMemoryLimits:
+    @pytest.fixture
+    def process(self, tmp_path: Path) -> str:
+        (tmp_path / "proc").mkdir()
+        return str(tmp_path / "proc")
+
+    def write(self, directory: Path, **numbers: Any) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, value in numbers.items():
+            (directory / f"memory.{name}").write_text(f"{value}\n")
+
+    def available(self, process: str, cgroup: str, *mounts: str) -> tuple[int, str] | None:
+        Path(process, "cgroup").write_text(cgroup)
+        Path(process, "mountinfo").write_text("\n".join(mounts))
+        Path(process, "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 1000000 kB\nSwapFree: 500000 kB\n")
+        return kv._available_memory(process, f"{process}/meminfo")
+
+    def test_version_2_every_ancestor_counts_and_page_cache_is_not_used(self, process: str, tmp_path: Path) -> None:
+        top = tmp_path / "cg"
+        self.write(top / "a" / "b", max="max", current=50 * MiB)
+        self.write(
+            top / "a",
+            max=200 * MiB,
+            current=150 * MiB,
+            stat=f"file {70 * MiB}\nshmem {40 * MiB}\ninactive_file {20 * MiB}\nactive_file {10 * MiB}",
+        )
+        mount = f"30 25 0:27 / {top} rw,nosuid shared:4 - cgroup2 cgroup2 rw"
+        assert self.available(process, "0::/a/b\n", mount) == (
+            80 * MiB,
+            f"the cgroup {top}/a (memory.max 200.0 MB)",
+        )
+        self.write(top / "a" / "b", max=60 * MiB)
+        found = self.available(process, "0::/a/b\n", mount)
+        assert found is not None
+        assert found[0] == 10 * MiB
+        self.write(top / "a" / "b", max=40 * MiB)  # below what is used
+        found = self.available(process, "0::/a/b\n", mount)
+        assert found is not None
+        assert found[0] == 0
+        self.write(top / "a" / "b", max=60 * MiB, high=52 * MiB)
+        found = self.available(process, "0::/a/b\n", mount)
+        assert found is not None
+        assert (found[0], "memory.high" in found[1]) == (2 * MiB, True)
+
+    def test_version_1_beside_version_2_mounted_at_a_path_below(self, process: str, tmp_path: Path) -> None:
+        one, two = tmp_path / "with space" / "memory", tmp_path / "two"
+        two.mkdir()
+        self.write(
+            one / "sub",
+            limit_in_bytes=(1 << 63) - 4096,
+            usage_in_bytes=30 * MiB,
+            stat=f"hierarchical_memory_limit {100 * MiB}",
+        )
+        self.write(
+            one,
+            limit_in_bytes=90 * MiB,
+            usage_in_bytes=70 * MiB,
+            stat=f"total_inactive_file {5 * MiB}\ninactive_file 0",
+        )
+        mounts = (
+            f"29 25 0:26 / {two} rw - cgroup2 none rw",
+            f"30 25 0:27 /other {tmp_path}/other rw - cgroup cgroup rw,memory",
+            "31 25 0:28 /docker/x /cpu rw - cgroup cgroup rw,cpu",
+            f"32 25 0:27 /docker/x {str(one).replace(' ', chr(92) + '040')} rw master:1 - cgroup cgroup rw,memory",
+        )
+        cgroup = "4:memory:/docker/x/sub\n1:cpu,cpuacct:/docker/x\n0::/\n"
+        assert self.available(process, cgroup, *mounts) == (
+            25 * MiB,
+            f"the cgroup {one} (memory.limit_in_bytes 90.0 MB)",
+        )
+        self.write(one, limit_in_bytes=900 * MiB, use_hierarchy=0)
+        assert self.available(process, cgroup, *mounts) == (
+            70 * MiB,
+            f"the cgroup {one}/sub (memory.limit_in_bytes 100.0 MB)",  # an ancestor's that is not mounted
+        )
+
+    def test_no_limit_no_cgroup_and_paths_that_are_not_mounted(self, process: str, tmp_path: Path) -> None:
+        machine = (1000000 * KiB, "this machine")  # swap does not count
+        assert self.available(process, "", "") == machine
+        assert self.available(process, "junk\n0::/a", "junk", "1 2 3 / - cgroup2") == machine
+        self.write(tmp_path / "cg", max="max", current=5)
+        for path, root in (("/", "/"), ("/../x", "/"), ("/a", "/b"), ("/gone/away", "/"), ("/", "/..")):
+            mount = f"30 25 0:27 {root} {tmp_path}/cg rw - cgroup2 cgroup2 rw"
+            assert self.available(process, f"0::{path}\n", mount) == machine
+        assert kv._available_memory(str(tmp_path), str(tmp_path / "none")) is None
+
+    def test_a_mount_from_above_the_namespace(self, process: str, tmp_path: Path) -> None:
+        top = tmp_path / "cg"
+        for name, pid in (("a/b", 1), ("a/c", os.getpid()), ("d/e", 2)):
+            self.write(top / name, max=pid * MiB, current=0)
+            (top / name / "cgroup.procs").write_text(f"0\n{pid}\n")
+        self.write(top / "a" / "c", max=7 * MiB)
+        self.write(top / "d", max=MiB, current=0)
+        mount = f"30 25 0:27 /../.. {top} rw - cgroup2 cgroup2 rw"
+        assert self.available(process, "0::/\n", mount) == (7 * MiB, f"the cgroup {top}/a/c (memory.max 7.0 MB)")
+
+    def test_a_pool_beyond_the_limit_is_refused_and_leaves_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(kv, "_available_memory", lambda: (10 * MiB, "the cgroup /x (memory.max 20.0 MB)"))
+        with pytest.raises(kv.StorageError, match=r"memory\.max 20.0 MB\) has 10.0 MB") as refused:
+            make_pool(blocks=4096)
+        assert "\n" not in str(refused.value)
+        assert segments_of(tmp_path) == []
+        make_pool(tier="nvme", blocks=4096).close()
+        with make_pool(max_entries=1 << 20, blocks=1024) as pool:
+            monkeypatch.setattr(kv, "_available_memory", lambda: (KiB, "this machine"))
+            with pytest.raises(kv.StorageError, match=r"ghosts of policy adaptive.* this machine has 1.0 KB"):
+                pool.set_eviction_policy("adaptive")
+            assert (pool.config.eviction_policy, pool.check()) == ("lru", [])
+
+    def test_memory_that_goes_while_a_pool_is_zeroed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        limits = iter([64 * MiB, 64 * MiB, 100 * KiB, 100 * KiB])
+        monkeypatch.setattr(kv, "RESERVE_CHUNK", 64 * KiB)
+        monkeypatch.setattr(kv, "_available_memory", lambda: (next(limits), "this machine"))
+        with pytest.raises(kv.StorageError, match=r"this machine has 100.0 KB"):
+            make_pool(blocks=128)
+        assert segments_of(tmp_path) == []
+
+    def test_a_real_cgroup(self, tmp_path: Path) -> None:
+        parents = [
+            path for path in ("/sys/fs/cgroup/memory", "/sys/fs/cgroup") if os.path.exists(f"{path}/cgroup.procs")
+        ]
+        if os.geteuid() or not parents:
+            pytest.skip("needs root and a memory cgroup")
+        outer = Path(parents[0], f"kv-cache-manager-{os.getpid()}")
+        try:
+            (outer / "inner").mkdir(parents=True)
+            limit = next(path for name in ("memory.limit_in_bytes", "memory.max") if (path := outer / name).exists())
+            limit.write_text(str(128 * MiB))
+        except (OSError, StopIteration):
+            for path in (outer / "inner", outer):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            pytest.skip("needs a memory cgroup that can be written")
+        try:
+            with (
+                worker(
+                    f"open('{outer}/inner/cgroup.procs', 'w').write(str(os.getpid()))",
+                    f"with open({str(tmp_path / 'cache')!r}, 'wb') as file: file.write(bytes({100 * MiB}))",  # can be dropped
+                    f"pool = KVCachePool(CachePoolConfig('small', {64 * MiB})); say(pool.put('k', bytes({32 * MiB})))",
+                    f"try: KVCachePool(CachePoolConfig('large', {64 * MiB}))",
+                    "except kv.StorageError as error: say(error)",
+                    "pool.close()",
+                ) as process
+            ):
+                assert hear(process) == "True"
+                assert f"the cgroup {outer} ({limit.name} 128.0 MB)" in hear(process)
+                assert process.wait() == 0
+            assert segments_of(tmp_path) == []
+        finally:
+            (outer / "inner").rmdir()
+            outer.rmdir()
+
+
+class TestLeftovers:
+    SMALL = "mount -t tmpfs -o size=64m none /dev/shm"
+
+    def test_what_the_dead_left_makes_room(self) -> None:
+        needs_root("-m")
+        large = f"CachePoolConfig(name, {40 * MiB})"
+        with worker_in(
+            self.SMALL,
+            "def leave(name, how):",
+            "    if not os.fork():",
+            "        if how: setattr(kv.Segment, how, lambda *_: os.kill(os.getpid(), signal.SIGKILL))",
+            f"        pool = KVCachePool({large}); pool.put('a', b'x'); os.kill(os.getpid(), signal.SIGKILL)",
+            "    os.wait()",
+            "for how in ('', '_publish'):",
+            "    leave('left', how)",
+            "    say(len(os.listdir('/dev/shm')))",
+            "    name = 'new'",
+            f"    with KVCachePool({large}) as pool: say(pool.put('k', b'x'))",
+            "    say(os.listdir('/dev/shm'))",
+        ) as process:
+            for _ in range(2):
+                assert (hear(process), hear(process), hear(process)) == ("1", "True", "[]")
+
+    def test_what_may_still_be_of_use_is_named_instead(self, tmp_path: Path) -> None:
+        needs_root("-m")
+        with worker_in(
+            self.SMALL,
+            f"store = CacheStore({str(tmp_path / 'gone')!r})",
+            f"store.create(CachePoolConfig('lost', {40 * MiB})).close()",
+            "os.rmdir(store.store_path)",
+            f"config = CachePoolConfig('new', {40 * MiB})",
+            "try: KVCachePool(config)",
+            "except kv.StorageError as error: say(error)",
+            "say(os.listdir('/dev/shm')); say(CacheStore.prune()); say(len(CacheStore.prune(force=True)))",
+            "with KVCachePool(config): say('made')",
+        ) as process:
+            error = hear(process)
+            assert re.search(r"-lost \(4\d\.\d MB, .*`cortex cache prune --force`", error), error
+            assert re.fullmatch(r"\['cortex-kv-\w+-lost'\]", hear(process))
+            assert (hear(process), hear(process), hear(process)) == ("[]", "1", "made")
+
+    def test_a_file_system_without_a_limit(self) -> None:
+        needs_root("-m")
+        with worker_in(
+            "mount -t tmpfs -o size=0 none /dev/shm",
+            f"with KVCachePool({open_config()}) as pool: say(pool.put('k', b'x'))",
+        ) as process:
+            assert hear(process) == "True"
+
+    def test_an_nvme_pool_takes_the_room_of_what_the_dead_left_in_its_store(
+        self, store_dir: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with worker(f"pool = KVCachePool({open_config('left', tier='nvme')})", "say(pool._path); wait()") as process:
+            path = hear(process)
+        real = kv._space_shortage
+        monkeypatch.setattr(kv, "_space_shortage", lambda *how: real(*how, must=os.path.exists(path)))
+        with make_pool(tier="nvme") as pool:
+            assert pool.put("k", b"x")
+        assert not os.path.exists(path)
+
+
+class TestStorePaths:
+    DEFAULT = os.path.join(".config", "cortex", "kv_cache")
+
+    def test_a_tilde_is_expanded_everywhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("CORTEX_CACHE_DIR", "~/here")
+        assert CacheStore().store_path == CacheStore("~/here").store_path == str(tmp_path / "here")
+        with KVCachePool(make_config(), store_path="~") as pool:
+            assert pool.store_path == str(tmp_path)
+            assert cli("--store", "~", "status", "pool", "--json")[0] == 0
+        with make_pool(persist_path="~/kept.safetensors") as pool:
+            assert pool.persist()
+        assert "kept.safetensors" in os.listdir(tmp_path)
+        assert "~" not in os.listdir(tmp_path)
+
+    def test_a_user_that_there_is_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+        monkeypatch.chdir(tmp_path)
+        for path in ("~nobody-of-this-name", "~nobody-of-this-name/sub"):
+            with pytest.raises(kv.InvalidArgumentError, match="no user 'nobody-of-this-name'"):
+                CacheStore(path)
+            monkeypatch.setenv("CORTEX_CACHE_DIR", path)
+            with pytest.raises(kv.InvalidArgumentError, match="no user 'nobody-of-this-name'"):
+                make_pool()
+        monkeypatch.setenv("CORTEX_CACHE_DIR", str(tmp_path / "store"))
+        assert cli("--store", "~nobody-of-this-name", "status")[0] == 2
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize("home", [None, "", "relative", "~"])
+    def test_a_home_that_is_none(
+        self, home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
+    ) -> None:
+        import pwd
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("CORTEX_CACHE_DIR")
+        monkeypatch.setenv("HOME", home or "")
+        if home is None:
+            monkeypatch.delenv("HOME")
+        real = pwd.getpwuid(os.getuid())
+        assert CacheStore().store_path == os.path.realpath(os.path.join(real.pw_dir, self.DEFAULT))
+
+        def nobody(*_: Any) -> Any:
+            raise KeyError
+
+        monkeypatch.setattr(pwd, "getpwuid", nobody)
+        with pytest.raises(kv.StorageError, match=r"CORTEX_CACHE_DIR.*--store"):
+            CacheStore()
+        code, _, err = cli("status")
+        assert (code, err.count("\n"), "CORTEX_CACHE_DIR" in err) == (1, 1, True)
+        assert cli("policies")[0] == cli("prune")[0] == 0  # these need no store
+        assert os.listdir(tmp_path) == []
+
+    def test_a_home_that_cannot_be_written_names_the_way_out(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.delenv("CORTEX_CACHE_DIR")
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+        with pytest.raises(kv.StorageError, match=r"file/\.config.*CORTEX_CACHE_DIR"):
+            make_pool()
+
+    def test_an_nvme_pool_is_found_after_its_directory_was_renamed(self, tmp_path: Path) -> None:
+        import pickle
+
+        old, new = tmp_path / "old", tmp_path / "new"
+        with CacheStore(old).create(make_config(tier="nvme")) as pool:
+            pool.put("key", b"value")
+        old.rename(new)
+        store = CacheStore(new)
+        assert (store.list(), CacheStore(old).list()) == (["pool"], [])
+        found = store.get("pool")
+        assert found is not None
+        with found:
+            assert (found.get("key"), found.store_path) == (b"value", str(new))
+            assert found.default_snapshot_path == str(new / "pool.safetensors")
+            with pickle.loads(pickle.dumps(found)) as same:
+                assert same.store_path == str(new)
+            with pytest.raises(kv.PoolExistsError):
+                store.create(make_config())
+            assert found.persist()
+        found.unlink()
+        assert os.listdir(new) == ["pool.safetensors"]
+        assert not store.delete("pool")
+
+    def test_an_nvme_pool_under_two_paths_is_one_pool(self, tmp_path: Path) -> None:
+        needs_root("-m")
+        one, two = tmp_path / "one", tmp_path / "two"
+        two.mkdir()
+        with (
+            CacheStore(one).create(make_config(tier="nvme")) as pool,
+            worker_in(
+                f"mount --bind {shlex.quote(str(one))} {shlex.quote(str(two))}",
+                f"pool = KVCachePool.attach('pool', {str(two)!r}); say(pool.put('key', b'value')); wait()",
+                "say(CacheStore(pool.store_path).delete('pool'))",
+            ) as process,
+        ):
+            assert hear(process) == "True"
+            assert (pool.get("key"), len(pool.get_stats()["attached_pids"])) == (b"value", 2)
+            tell(process)
+            assert hear(process) == "True"
+            assert CacheStore(one).list() == []
+
+    def test_no_snapshot_is_taken_for_a_pool(self, store_dir: str) -> None:
+        names = ["cortex-kv-pool", "cortex-kv-nvme-pool", "pool"]
+        for name in names:
+            with CacheStore().create(make_config(name, tier="nvme")) as pool:
+                pool.persist()
+        assert CacheStore().list() == sorted(names)
 
 
 # ======================================================================================================================
@@ -5736,15 +6433,20 @@ class TestCommandLine:
         assert CacheStore(store_dir).list() == []
         assert cli("delete", "p")[0] == 1
 
-    def test_prune_removes_segments_whose_store_is_gone(self, cli, pool, tmp_path):
+    def test_prune_removes_segments_whose_store_is_gone_by_force_only(self, cli, pool, tmp_path):
         CacheStore(tmp_path / "gone").create(make_config("lost")).close()
         (segment,) = (os.path.basename(path) for path in segments_of(tmp_path / "gone"))
         shutil.rmtree(tmp_path / "gone")
         code, out, err = cli("prune")
+        assert (code, segment in out.split()) == (0, False)
+        (kept,) = (line for line in err.splitlines() if line.startswith("kept"))
+        assert segment in kept
+        assert "--force" in kept
+        code, out, err = cli("prune", "--force")
         assert (code, segment in out.split(), err.startswith("removed ")) == (0, True, True)
         assert segments_of(tmp_path / "gone") == []
         assert pool.get("k") == b"value"
-        assert segment not in json.loads(cli("prune", "--json")[1])
+        assert segment not in json.loads(cli("prune", "--json", "--force")[1])
 
     def test_policies_lists_every_policy(self, cli):
         code, out, err = cli("policies")
