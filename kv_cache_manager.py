@@ -5196,13 +5196,15 @@ def _plural(count: int, noun: str, nouns: str = "") -> str:
 
 
 class KVCacheCLI:
-    """The commands of `cortex cache`, one method each: takes the parsed arguments, returns the exit code."""
+    """Run the commands of `cortex cache`: one method each takes the parsed arguments and returns the exit code.
+
+    `build_parser` says in a line each what they do: docstrings would be missing under `python -OO`.
+    """
 
     def __init__(self, store_path: str | None = None) -> None:
         self.store = CacheStore(store_path)
 
     def create(self, args: argparse.Namespace) -> int:
-        """make a pool that stays until it is deleted"""
         given = vars(args)
         config = CachePoolConfig(
             args.name,
@@ -5223,7 +5225,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def status(self, args: argparse.Namespace) -> int:
-        """show one pool, or a line for each"""
         names = [args.name] if args.name else self.store.list()
         found: list[dict[str, Any]] = []
         failed = 0
@@ -5285,7 +5286,6 @@ class KVCacheCLI:
         }
 
     def list(self, args: argparse.Namespace) -> int:
-        """list the entries of a pool, next victim first"""
         with self._open(args.name) as pool:
             entries = list(pool.entries.values())
         if vars(args).get("json"):
@@ -5304,7 +5304,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def put(self, args: argparse.Namespace) -> int:
-        """store a file, or standard input, under a key"""
         given = vars(args)
         file = given.get("file") or "-"
         with self._open(args.name) as pool:
@@ -5333,7 +5332,6 @@ class KVCacheCLI:
         return data
 
     def get(self, args: argparse.Namespace) -> int:
-        """write a value to a file, or to standard output"""
         file = vars(args).get("file") or "-"
         with self._open(args.name) as pool, pool.view(args.key) as view:
             if view is None:
@@ -5349,7 +5347,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def evict(self, args: argparse.Namespace) -> int:
-        """evict a share of the entries, by policy"""
         with self._open(args.name) as pool:
             count = pool.evict(float(args.percent))
             left = len(pool)
@@ -5357,7 +5354,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def persist(self, args: argparse.Namespace) -> int:
-        """write a snapshot (a safetensors file)"""
         with self._open(args.name) as pool:
             path = vars(args).get("path") or pool.default_snapshot_path
             count = pool._persist(path, _ProgressLine("writing"))
@@ -5368,7 +5364,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def restore(self, args: argparse.Namespace) -> int:
-        """read a snapshot back, into its pool or a new one"""
         given = vars(args)
         path = self._snapshot_path(args.path)
         changes: dict[str, Any] = {"tier": given.get("tier"), "eviction_policy": given.get("policy")}
@@ -5397,14 +5392,12 @@ class KVCacheCLI:
         return os.path.join(self.store.store_path, path_or_name + SNAPSHOT_SUFFIX)
 
     def configure(self, args: argparse.Namespace) -> int:
-        """go by another eviction policy from now on"""
         with self._open(args.name) as pool:
             pool.set_eviction_policy(args.policy)
         _say(f"{args.name} goes by {args.policy} now")
         return EXIT_DONE
 
     def check(self, args: argparse.Namespace) -> int:
-        """compare all of a pool's metadata, mend it with --fix"""
         given = vars(args)
         with self._open(args.name) as pool:
             problems = pool.check(fix=bool(given.get("fix")))
@@ -5421,14 +5414,12 @@ class KVCacheCLI:
         return EXIT_FAILED if left else EXIT_DONE
 
     def delete(self, args: argparse.Namespace) -> int:
-        """delete a pool and all it holds"""
         if not self.store.delete(args.name):
             raise PoolNotFoundError(f"there is no pool {args.name!r} in {self.store.store_path}")
         _say(f"deleted {args.name}")
         return EXIT_DONE
 
     def prune(self, args: argparse.Namespace) -> int:
-        """remove segments whose store directory is gone"""
         removed = self.store.prune()
         if vars(args).get("json"):
             _out(json.dumps(removed, indent=2))
@@ -5439,7 +5430,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def replay(self, args: argparse.Namespace) -> int:
-        """hit ratios that policies and sizes would have on a trace of requests, or on what a pool has recorded"""
         blocks: dict[int, int] = {}
         as_pool = False
         wanted = "1%,5%,10%,20%,40%" if args.sizes is None else args.sizes
@@ -5494,7 +5484,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def policies(self, args: argparse.Namespace) -> int:
-        """list the eviction policies"""
         if vars(args).get("json"):
             _out(json.dumps({policy.value: text for policy, text in POLICY_HELP.items()}, indent=2))
         else:
@@ -5503,7 +5492,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def demo(self, args: argparse.Namespace) -> int:
-        """a tour with several real processes, in under 15 seconds"""
         return _demo()
 
     def _open(self, name: str) -> KVCachePool:
@@ -5699,8 +5687,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--store", metavar="DIR", help=store_help, default=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, prog=parser.prog)
 
-    def command(name: str, *, json_too: bool = False) -> argparse.ArgumentParser:
-        text = getattr(KVCacheCLI, name).__doc__
+    def command(name: str, text: str, *, json_too: bool = False) -> argparse.ArgumentParser:
         about = f"{text[0].upper()}{text[1:]}."
         sub = commands.add_parser(name, help=text, description=about, parents=[common], formatter_class=look)
         if json_too:
@@ -5718,16 +5705,16 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--block-size", metavar="SIZE", help="unit of allocation (default 4K)")
         sub.add_argument("--max-entries", type=int, metavar="N", help="most entries at a time (default 10000)")
 
-    sub = command("create")
+    sub = command("create", "make a pool that stays until it is deleted")
     sub.add_argument("name", metavar="NAME")
     pool_options(sub, True)
     sub.add_argument("--persist-path", metavar="PATH", help="where `persist` writes by default")
     sub.add_argument("--record", type=int, metavar="N", help="keep the last N accesses, for `replay NAME`")
-    sub = command("status", json_too=True)
+    sub = command("status", "show one pool, or a line for each", json_too=True)
     sub.add_argument("name", metavar="NAME", nargs="?")
-    sub = command("list", json_too=True)
+    sub = command("list", "list the entries of a pool, next victim first", json_too=True)
     sub.add_argument("name", metavar="NAME")
-    sub = command("put")
+    sub = command("put", "store a file, or standard input, under a key")
     sub.add_argument("name", metavar="NAME")
     sub.add_argument("key", metavar="KEY")
     sub.add_argument("file", metavar="FILE", nargs="?", help="default: standard input")
@@ -5735,32 +5722,36 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--priority", type=int, metavar="N", help="for policy priority: higher stays longer")
     sub.add_argument("--sequence-length", type=int, metavar="N", help="tokens")
     sub.add_argument("--layer-index", type=int, metavar="N")
-    sub = command("get")
+    sub = command("get", "write a value to a file, or to standard output")
     sub.add_argument("name", metavar="NAME")
     sub.add_argument("key", metavar="KEY")
     sub.add_argument("file", metavar="FILE", nargs="?", help="default: standard output")
-    sub = command("evict")
+    sub = command("evict", "evict a share of the entries, by policy")
     sub.add_argument("name", metavar="NAME")
     sub.add_argument("--percent", type=float, required=True, metavar="P", help="share of the entries, 0 to 100")
-    sub = command("persist")
+    sub = command("persist", "write a snapshot (a safetensors file)")
     sub.add_argument("name", metavar="NAME")
     sub.add_argument("--path", metavar="P", help="default: NAME.safetensors in the store directory")
-    sub = command("restore")
+    sub = command("restore", "read a snapshot back, into its pool or a new one")
     sub.add_argument("path", metavar="PATH|NAME")
     sub.add_argument("--name", help="name of the pool (default: the one in the snapshot)")
     pool_options(sub, False)
     sub.add_argument("--salvage", action="store_true", help="take what is intact of a damaged file")
-    sub = command("configure")
+    sub = command("configure", "go by another eviction policy from now on")
     sub.add_argument("name", metavar="NAME")
     policy_help = "see `policies`; adaptive:0.4/0.3/0.3 for fixed weights of recency, frequency and size"
     sub.add_argument("--policy", required=True, metavar="P", help=policy_help)
-    sub = command("check", json_too=True)
+    sub = command("check", "compare all of a pool's metadata, mend it with --fix", json_too=True)
     sub.add_argument("name", metavar="NAME")
     sub.add_argument("--fix", action="store_true", help="rebuild what is derived, drop records that can't be right")
-    sub = command("delete")
+    sub = command("delete", "delete a pool and all it holds")
     sub.add_argument("name", metavar="NAME")
-    command("prune", json_too=True)
-    sub = command("replay", json_too=True)
+    command("prune", "remove segments whose store directory is gone", json_too=True)
+    sub = command(
+        "replay",
+        "hit ratios that policies and sizes would have on a trace of requests, or on what a pool has recorded",
+        json_too=True,
+    )
     sub.add_argument(
         "trace", metavar="TRACE|NAME", help="JSON lines with hash_ids, or of parent blocks; or a pool that records"
     )
@@ -5773,8 +5764,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plot_help = "draw the usable hit ratios (needs matplotlib); as bars of text without FILE or matplotlib"
     sub.add_argument("--plot", metavar="FILE.png", nargs="?", const="", help=plot_help)
-    command("policies", json_too=True)
-    command("demo")
+    command("policies", "list the eviction policies", json_too=True)
+    command("demo", "a tour with several real processes, in under 15 seconds")
     return parser
 
 

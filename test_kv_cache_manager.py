@@ -5024,6 +5024,27 @@ class TestCommandLine:
         assert re.findall(r"^    (\w+) +\w", cli("--help")[1], re.MULTILINE) == COMMANDS
         assert [name for name in vars(KVCacheCLI) if not name.startswith("_")] == COMMANDS
 
+    @pytest.mark.parametrize("option", ["-O", "-OO"])
+    def test_commands_work_without_asserts_and_docstrings(self, option: str, store_dir: str, tmp_path: Path) -> None:
+        def run(*args: str, stdin: bytes = b"") -> bytes:
+            command = [sys.executable, option, MODULE, *args]
+            return subprocess.run(command, input=stdin, capture_output=True, timeout=60, check=True).stdout
+
+        shown = run("--help").decode()
+        assert shown == run_cli("--help").stdout.decode()
+        assert re.findall(r"^    (\w+) +\w", shown, re.MULTILINE) == COMMANDS
+        assert "Make a pool that stays until it is deleted." in run("create", "--help").decode()
+        run("create", "p", "--size", "1M")
+        run("put", "p", "key", stdin=b"value")
+        assert run("get", "p", "key") == b"value"
+        run("persist", "p", "--path", str(tmp_path / "file"))
+        run("restore", str(tmp_path / "file"), "--name", "q")
+        assert json.loads(run("check", "q", "--json"))["problems"] == []
+        assert [pool["name"] for pool in json.loads(run("status", "--json"))] == ["p", "q"]
+        run("delete", "p")
+        run("policies")
+        assert run("demo").endswith(b"all of it held\n")
+
     def test_closed_standard_streams(self, store_dir: str) -> None:
         """Whatever is closed, what was asked for is done, and no file of a pool becomes standard output."""
         command = f"{shlex.quote(sys.executable)} {shlex.quote(str(MODULE))} --store {shlex.quote(store_dir)}"
