@@ -4353,6 +4353,7 @@ def _take_back(view: memoryview, owner: memoryview) -> bool:
 
 # A buffer format (PEP 3118) without objects and pointers: O, P, &, X{} for functions, z and Z for text elsewhere. A
 # name stands between colons and may hold any letter. Zf, Zd and Zg are complex numbers.
+_NUMBER_FORMATS = frozenset("?bBhHiIlLqQefd")  # the usual ones, which need no closer look
 _PLAIN_FORMAT = re.compile(r"(?:(?:[^:OPXzZ&]|Z[fdg])(?::[^:]*:)?)*")
 
 
@@ -4364,7 +4365,7 @@ def as_bytes(data: Any) -> memoryview:
         raise InvalidArgumentError(
             f"value of type {type(data).__name__} gives no buffer ({error}): pass bytes or an array of numbers"
         ) from None
-    if view.format != "B" and not _PLAIN_FORMAT.fullmatch(view.format):
+    if view.format not in _NUMBER_FORMATS and not _PLAIN_FORMAT.fullmatch(view.format):
         raise InvalidArgumentError(
             f"value of buffer format {_show(view.format)} holds Python objects or pointers, which mean nothing to "
             "others: pass numbers"
