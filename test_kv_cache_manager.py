@@ -65,6 +65,9 @@ OVERHEAD = HEADER_SIZE + BITMAP_SIZE
 MODULE = str(Path(kv.__file__).resolve())
 ALL_POLICIES = list(EvictionPolicy)
 
+# A background job of a shell without job control ignores it, and so would the processes that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def segments_of(directory: Path) -> list[str]:
     """Paths of the segments in /dev/shm that belong to stores below `directory`."""
