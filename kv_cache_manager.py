@@ -2349,7 +2349,10 @@ class Snapshot:
                 entry.framework = described[:-1]
             elif (tensor["dtype"], tensor["shape"]) != ("U8", [size]):
                 raise ValueError(f"entry {name!r} is not plain bytes")
-            snapshot_meta(entry)
+            try:
+                snapshot_meta(entry)
+            except InvalidArgumentError as error:
+                raise ValueError(f"entry {_show(name)}: {error}") from None
             self.entries.append(SnapshotEntry(entry, checksum))
         if end != file_bytes - data_at and not self._salvage:
             raise CorruptionError(

@@ -1200,7 +1200,7 @@ class TestSnapshot:
                 pool.persist(tmp_path / "ours")
                 os.rename(tmp_path / "ours", tmp_path / "theirs")
         write_safetensors(tmp_path / "wrong", {"k": tensor(0, num_bytes, [4, 8], dtype)}, body)
-        with pytest.raises(kv.CorruptionError, match=f"{num_bytes} bytes, a {dtype} tensor"):
+        with pytest.raises(kv.CorruptionError, match=f"entry 'k': the value has {num_bytes} bytes, a {dtype} tensor"):
             KVCachePool.restore(tmp_path / "wrong")
 
     @pytest.mark.parametrize(
