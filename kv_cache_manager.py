@@ -2142,7 +2142,7 @@ def write_snapshot(
                     break  # else another writer has renamed it meanwhile
             file.close()
         with file:
-            if not stat.S_ISREG(opened.st_mode) or opened.st_nlink != 1:
+            if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
                 raise StorageError(f"{temporary} is no file, or has a second name: remove it")
             try:
                 fcntl.fcntl(fd, fcntl.F_SETFL, 0)  # append mode was for opening without truncating, before the lock
@@ -4419,9 +4419,9 @@ def tensor_parts(tensor: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
             if not shape:
                 raise InvalidArgumentError(f"a {name} tensor must have a dimension: reshape it to (1,)")
             shape = (*shape[:-1], 2 * shape[-1])
-        dense = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous()
-        flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)  # strides of 1 are whatever they are
         try:
+            dense = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous()
+            flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)  # strides of 1 are whatever they are
             return "torch", dtype, shape, memoryview(flat.numpy())
         except RuntimeError as error:  # a stand-in for a tensor, as inside torch.vmap
             raise InvalidArgumentError(f"this {type(tensor).__name__} has no bytes of its own ({error})") from None
