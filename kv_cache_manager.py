@@ -191,6 +191,7 @@ ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, STEP_BYTES, STEP_PAUSE, MAX_PAU
 ENDING_PATIENCE = 1.0  # seconds that the end of a process waits for a daemon thread to end its call
 RESERVE_CHUNK = 256 << 20
 I64_MIN, I64_MAX = -(1 << 63), (1 << 63) - 1
+MAX_ACCESS_COUNT = 1 << 61  # to begin with; a rebuild of the order takes twice that for a stray write
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -446,13 +447,35 @@ def encode_key(key: str) -> bytes:
     )
 
 
-# The dtypes of safetensors, and their sizes. Others that a file may name are taken as they are.
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+# The dtypes of safetensors, and their sizes in bits. F4 and F6 are packed. Others are refused, as the safetensors
+# package does: the size of a value of unknown dtype can't be checked.
+DTYPE_BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
-_DTYPE = re.compile(r"[A-Z][A-Z0-9_]*")
+MAX_DIMENSIONS = 32  # numpy 1 has no more
 FRAMEWORKS = ("", "numpy", "torch", "transformers", "json")
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the size of a tensor in bytes; InvalidArgumentError if there can be no such tensor."""
+    bits = DTYPE_BITS.get(dtype)
+    if bits is None:
+        raise InvalidArgumentError(f"dtype {_show(dtype)} must be one of {', '.join(DTYPE_BITS)}")
+    lengths = [check_int("dimension", length, 0) for length in shape]
+    total = bits * math.prod(lengths)
+    # Frameworks multiply the other dimensions of an empty tensor too, in 64 bits.
+    largest = total or bits * math.prod(length or 1 for length in lengths)
+    if len(lengths) > MAX_DIMENSIONS or largest >> 3 > I64_MAX:
+        raise InvalidArgumentError(
+            f"shape {_show(shape)} must have at most {MAX_DIMENSIONS} dimensions and less than 2**63 bytes"
+        )
+    if total % 8:
+        raise InvalidArgumentError(
+            f"a {dtype} tensor of shape {_show(shape)} has {total} bits, it must fill whole bytes: pad it"
+        )
+    return total // 8
 
 
 class EntryMeta(NamedTuple):
@@ -488,18 +511,18 @@ class EntryMeta(NamedTuple):
             raise InvalidArgumentError(f"prefix_hash {prefix_hash!r} holds surrogates UTF-8 cannot encode") from None
         tensor = b""
         if dtype or shape != ():
-            lengths = (
-                [check_int("dimension", length, 0) for length in shape] if isinstance(shape, (tuple, list)) else None
-            )
-            if lengths is None or not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+            if not isinstance(dtype, str) or not isinstance(shape, (tuple, list)):
                 raise InvalidArgumentError(
                     f"dtype {_show(dtype)} and shape {_show(shape)} must be such as 'BF16' and (2, 16)"
                 )
-            if dtype in DTYPE_BYTES and math.prod(lengths) * DTYPE_BYTES[dtype] != size:
-                raise InvalidArgumentError(f"a value of {size} bytes is no {dtype} tensor of shape {lengths}")
+            expected = tensor_bytes(dtype, shape)
+            if expected != size:
+                raise InvalidArgumentError(
+                    f"the value has {size} bytes, a {dtype} tensor of shape {_show(shape)} must have {expected}"
+                )
             if framework not in FRAMEWORKS:
                 raise InvalidArgumentError(f"framework {_show(framework)} must be one of {', '.join(FRAMEWORKS[1:])}")
-            tensor = " ".join([f"{framework}:{dtype}", *map(str, lengths)]).encode()
+            tensor = " ".join([f"{framework}:{dtype}", *(str(operator.index(length)) for length in shape)]).encode()
         total = len(key) + len(prefix) + len(tensor)
         if total > RECORD_TEXT:
             raise InvalidArgumentError(
@@ -1042,7 +1065,7 @@ class EvictionManager:
             raise InvalidArgumentError(f"entry is a {type(entry).__name__}, it must be a CacheEntry")
         check_int("size", entry.size, 0)
         count, priority = (
-            check_int("access_count", entry.access_count, 0),
+            check_int("access_count", entry.access_count, 0, MAX_ACCESS_COUNT),
             check_int("priority", entry.priority, I64_MIN),
         )
         with self._lock:
@@ -1106,15 +1129,22 @@ class EvictionManager:
             self._free_slots.append(slot)
 
     def _grow(self) -> None:
-        """Double the private buffer."""
-        numbers = {slot: self.numbers_locked(slot) for slot in self._entry_of}
+        """Double the private buffer; the order, and what ADAPTIVE remembers, stay as they are."""
+        numbers = {slot: (self._halves[self._node(slot) + _TAIL], self.numbers_locked(slot)) for slot in self._entry_of}
         clock, gap, weights = self._words[_CLOCK], self._words[_GAP], self._words[_WEIGHTS]
-        self._use_memory_of_its_own(2 * self.num_slots)  # its ghosts are forgotten
-        for slot, (sequence, count, priority) in numbers.items():
+        ghosts = self._ghosts
+        self._use_memory_of_its_own(2 * self.num_slots)
+        for slot, (tail, (sequence, count, priority)) in numbers.items():
             word = self._node(slot) >> 1
+            self._halves[2 * word + _TAIL] = tail
             self._words[word + _SEQUENCE] = sequence
             self._words[word + _COUNT] = count
             self._words[word + _PRIORITY] = priority
+        for at in range(0, len(ghosts), 3):
+            if ghosts[at]:  # each set splits in two, so all can keep their places in it
+                words_per_set = 3 * _GHOST_WAYS
+                new = words_per_set * (ghosts[at] % self._ghost_sets) + at % words_per_set
+                self._ghosts[new : new + 3] = ghosts[at : at + 3]
         self._words[_CLOCK], self._words[_GAP], self._words[_WEIGHTS] = clock, gap, weights
         self.rebuild_locked(numbers)
 
@@ -2735,23 +2765,29 @@ def write_snapshot(
 
     `read` opens the values; an entry that has gone meanwhile is left out. The header comes first in the
     file but is known last, so room for it is kept and filled up with spaces, as the format allows. The temporary file
-    has a fixed name and is locked: two writers to one path take turns, and what a killed one left is reused.
+    has a fixed name and is locked: two writers to one path take turns, and what a killed one left is reused. A link of
+    that name is refused: it leads to a file that is none of ours.
     """
     directory, base = os.path.split(os.path.abspath(path))
     temporary = os.path.join(directory, f".{base}.tmp")
     with _os_errors(f"write the snapshot {path}"):
         while True:
-            file = io.FileIO(temporary, "a+", opener=functools.partial(os.open, mode=0o600))
+            try:
+                file = io.FileIO(temporary, "a+", opener=_open_private)
+            except OSError:
+                if os.path.islink(temporary):
+                    raise StorageError(f"{temporary} is a symbolic link: remove it") from None
+                raise
             fd = file.fileno()
             fcntl.flock(fd, fcntl.LOCK_EX)
+            opened = os.fstat(fd)
             with contextlib.suppress(FileNotFoundError):
-                there = os.lstat(temporary)
-                if stat.S_ISLNK(there.st_mode):
-                    raise StorageError(f"{temporary} is a symbolic link: remove it")
-                if os.path.samestat(os.fstat(fd), there):
+                if os.path.samestat(opened, os.lstat(temporary)):
                     break  # else another writer has renamed it meanwhile
             file.close()
         with file:
+            if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
+                raise StorageError(f"{temporary} is no file, or has a second name: remove it")
             try:
                 fcntl.fcntl(fd, fcntl.F_SETFL, 0)  # append mode was for opening without truncating, before the lock
                 os.fchmod(fd, 0o600)
@@ -2764,12 +2800,20 @@ def write_snapshot(
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
                 raise
+    # The snapshot is in place, whatever follows. Network and FUSE file systems may refuse to sync a directory, and a
+    # directory that can be written may not be readable.
+    with contextlib.suppress(OSError):
         directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory_fd)
         finally:
             os.close(directory_fd)
     return saved
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Open or make a file that only its owner can read; a symbolic link is not followed."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 class _Checksums(contextlib.ExitStack):
@@ -2921,7 +2965,10 @@ class Snapshot:
     def _take_header(self, raw: bytes, file_bytes: int) -> None:
         data_at = 8 + len(raw)
         header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata  # null is as good as none for the safetensors package
+        if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+            raise ValueError("__metadata__ must be texts by name")
         # Any sign of ours counts, so that damage to one of them does not make the file look like another program's.
         ours = (
             not {"cortex_header_crc32", "cortex_config", "cortex_entries"}.isdisjoint(metadata)
@@ -2964,13 +3011,16 @@ class Snapshot:
                     type(t) in (int, float) and math.isfinite(t) for t in (entry.created_at, entry.last_accessed)
                 ):
                     raise ValueError(f"entry {name!r} has times that are none")
-                check_int("access count", entry.access_count, 0)
+                check_int("access count", entry.access_count, 0, MAX_ACCESS_COUNT)
             if described:
                 entry.dtype, entry.shape = tensor["dtype"], tuple(tensor["shape"])
                 entry.framework = described[:-1]
             elif (tensor["dtype"], tensor["shape"]) != ("U8", [size]):
                 raise ValueError(f"entry {name!r} is not plain bytes")
-            snapshot_meta(entry)
+            try:
+                snapshot_meta(entry)
+            except InvalidArgumentError as error:
+                raise ValueError(f"entry {_show(name)}: {error}") from None
             self.entries.append(SnapshotEntry(entry, checksum))
         if end != file_bytes - data_at and not self._salvage:
             raise CorruptionError(
@@ -4198,9 +4248,14 @@ class KVCachePool:
     def put(self, key: str, data: Any, **meta: Any) -> bool:
         """Store a copy of `data`, any object with the buffer protocol, replacing what is there under `key`.
 
-        Keyword arguments: prefix_hash, priority, sequence_length, layer_index. The old value stays readable until the
-        new one is complete. False if the value can't be stored: it is larger than the data region, or pins are in the
-        way. Changes: eviction order, other entries may be evicted.
+        Keyword arguments: prefix_hash, priority, sequence_length, layer_index. False if the value can't be stored, and
+        then nothing has changed: it is larger than the data region, or pins are in the way. Changes: eviction order,
+        other entries may be evicted.
+
+        The old value stays readable until the new one is complete, where there is room for both once all others that
+        nobody pins are evicted. Where there is not, the old value goes first, and none is left if the process is killed
+        or interrupted in the put. Others see no gap when the new value has up to 64 KiB. While a larger one is copied
+        there is none under `key`.
         """
         encoded = encode_key(key)
         if type(data) is bytes:
@@ -4375,8 +4430,10 @@ class KVCachePool:
     def reserve(self, key: str, size: int, **meta: Any) -> contextlib.AbstractContextManager[memoryview | None]:
         """Context manager giving a writable memoryview of `size` zero bytes; the entry exists after a clean exit.
 
-        On an error inside the block nothing is stored. None instead of a view where `put` gives False. Keyword
-        arguments as in `put`. Do not write to arrays made from the view after the block: others read then.
+        None instead of a view where `put` gives False. Keyword arguments as in `put`. On an error inside the block
+        nothing is stored. The old value stays readable until the end of the block, and after an error, where there is
+        room for both values as in `put`. Where there is not, it goes at the start of the block, whatever its size, and
+        does not come back. Do not write to arrays made from the view after the block: others read then.
         """
         self._check_open()
         encoded = encode_key(key)
@@ -4581,7 +4638,9 @@ class KVCachePool:
     def put_tensor(self, key: str, tensor: Any, **meta: Any) -> bool:
         """`put` for a numpy array or a torch tensor in main memory; dtype and shape are kept, in snapshots too.
 
-        Any dtype of safetensors, bf16 and fp8 among them. Copied once, or twice if it is not contiguous.
+        Takes any dtype that both safetensors and the library have: bf16, all fp8, fp4 (pairs, as torch keeps them) and
+        complex64 among them. Copied once, or twice if it is not contiguous, conjugated or negated by a flag, or of the
+        other byte order.
         """
         framework, dtype, shape, data = tensor_parts(tensor)
         encoded = encode_key(key)
@@ -5065,6 +5124,7 @@ class KVCachePool:
     def persist(self, path: str | os.PathLike[str] | None = None, progress: Progress | None = None) -> bool:
         """Write all entries to a safetensors file, which is replaced whole or not at all; True when it is on the disk.
 
+        A symbolic link at `path` is replaced by the file, the link's target stays as it is.
         Others go on meanwhile: each entry is pinned while it is copied; one that goes away before that is left out.
         StorageError if the file can't be written. `progress` is called with (bytes done, bytes in all).
         """
@@ -5192,6 +5252,12 @@ def _take_back(view: memoryview, owner: memoryview) -> bool:
     return True
 
 
+# A buffer format (PEP 3118) without objects and pointers: O, P, &, X{} for functions, z and Z for text elsewhere. A
+# name stands between colons and may hold any letter. Zf, Zd and Zg are complex numbers.
+_NUMBER_FORMATS = frozenset("?bBhHiIlLqQefd")  # the usual ones, which need no closer look
+_PLAIN_FORMAT = re.compile(r"(?:(?:[^:OPXzZ&]|Z[fdg])(?::[^:]*:)?)*")
+
+
 def as_bytes(data: Any) -> memoryview:
     """A flat view of the bytes of any C-contiguous buffer; of others a copy."""
     try:
@@ -5200,8 +5266,11 @@ def as_bytes(data: Any) -> memoryview:
         raise InvalidArgumentError(
             f"value of type {type(data).__name__} gives no buffer ({error}): pass bytes or an array of numbers"
         ) from None
-    if "O" in view.format:
-        raise InvalidArgumentError("value is an array of Python objects, which mean nothing to others: pass numbers")
+    if view.format not in _NUMBER_FORMATS and not _PLAIN_FORMAT.fullmatch(view.format):
+        raise InvalidArgumentError(
+            f"value of buffer format {_show(view.format)} holds Python objects or pointers, which mean nothing to "
+            "others: pass numbers"
+        )
     if not view.c_contiguous:
         return memoryview(view.tobytes())
     return view
@@ -5209,9 +5278,12 @@ def as_bytes(data: Any) -> memoryview:
 
 _NUMPY_DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16", "int32": "I32",
-    "uint32": "U32", "float32": "F32", "int64": "I64", "uint64": "U64", "float64": "F64",
+    "uint32": "U32", "float32": "F32", "int64": "I64", "uint64": "U64", "float64": "F64", "complex64": "C64",
 }  # fmt: skip
-_TORCH_DTYPES = _NUMPY_DTYPES | {"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+_TORCH_DTYPES = _NUMPY_DTYPES | {
+    "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "float4_e2m1fn_x2": "F4",
+}  # fmt: skip
 _DTYPE_NAMES = {safetensors: name for name, safetensors in _TORCH_DTYPES.items()}
 
 
@@ -5236,9 +5308,21 @@ def tensor_parts(tensor: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
                 f"a {'nested' if tensor.is_nested else tensor.layout} tensor of {name} on {tensor.device} can't be "
                 f"stored: make it dense, in main memory, of one of {', '.join(_TORCH_DTYPES)}"
             )
-        dense = tensor.detach().resolve_neg().contiguous()
-        flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)  # strides of 1 are whatever they are
-        return "torch", _TORCH_DTYPES[name], tuple(tensor.shape), memoryview(flat.numpy())
+        dtype, shape = _TORCH_DTYPES[name], tuple(tensor.shape)
+        if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise InvalidArgumentError(
+                f"a {type(tensor).__name__} keeps its values in other tensors: pass those, or make it a plain tensor"
+            )
+        if dtype == "F4":  # safetensors counts numbers, torch pairs of them
+            if not shape:
+                raise InvalidArgumentError(f"a {name} tensor must have a dimension: reshape it to (1,)")
+            shape = (*shape[:-1], 2 * shape[-1])
+        try:
+            dense = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous()
+            flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)  # strides of 1 are whatever they are
+            return "torch", dtype, shape, memoryview(flat.numpy())
+        except RuntimeError as error:  # a stand-in for a tensor, as inside torch.vmap
+            raise InvalidArgumentError(f"this {type(tensor).__name__} has no bytes of its own ({error})") from None
     if not hasattr(tensor, "__array_interface__"):
         raise InvalidArgumentError(f"a {type(tensor).__name__} is neither a numpy array nor a torch tensor")
     numpy = _library("numpy")
@@ -5256,6 +5340,20 @@ def tensor_parts(tensor: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
     )
 
 
+def _torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a tensor of torch's own dtype `name`; an error if this torch has no such tensor."""
+    torch = _library("torch")
+    if not hasattr(torch, name):
+        raise UnsupportedError(f"torch {torch.__version__} has no {name}: update torch, or use `view` for the bytes")
+    if _TORCH_DTYPES[name] != "F4":
+        return shape
+    if shape[-1] % 2:
+        raise InvalidArgumentError(
+            f"torch keeps F4 in pairs, shape {shape} must end with an even number: use `view` for the bytes"
+        )
+    return (*shape[:-1], shape[-1] // 2)
+
+
 def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: str, is_writable: bool = False) -> Any:
     """An array over `view`: of torch if `framework` says so, or if numpy lacks the dtype; else of numpy.
 
@@ -5267,10 +5365,12 @@ def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: s
     if framework not in FRAMEWORKS:
         raise InvalidArgumentError(f"framework {_show(framework)} must be numpy or torch")
     name = _DTYPE_NAMES.get(dtype)
-    if name is None or (framework == "numpy" and name not in _NUMPY_DTYPES):
-        raise InvalidArgumentError(
-            f"{framework or 'numpy'} has no {dtype}: use framework='torch', or view for its bytes"
-        )
+    if name is None:
+        raise InvalidArgumentError(f"neither numpy nor torch has {dtype}: use `view` for the bytes")
+    if framework == "numpy" and name not in _NUMPY_DTYPES:
+        raise InvalidArgumentError(f"numpy has no {dtype}: use framework='torch', or `view` for the bytes")
+    if name not in _NUMPY_DTYPES:
+        shape = _torch_shape(name, shape)
     if framework in ("torch", "transformers") or name not in _NUMPY_DTYPES:
         torch = _library("torch")
         if not len(view):
@@ -5634,7 +5734,7 @@ class PrefixCache:
         def write(number: int, target: memoryview) -> None:
             as_tensor(target, dtype, shape, framework, True)[...] = kv[:, :, :, number * step : (number + 1) * step]
 
-        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        size = tensor_bytes(dtype, shape)
         return self._insert(hashes, [(size, dtype, shape, framework)] * len(hashes), write, priority)
 
     def _store_row(self, tokens: Any, layers: list[tuple[Any, Any]], priority: int) -> int:
@@ -5651,7 +5751,7 @@ class PrefixCache:
                 for which, states in enumerate(layer):
                     block[index, which] = states[:, number * step : (number + 1) * step]
 
-        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        size = tensor_bytes(dtype, shape)
         return self._insert(hashes, [(size, dtype, shape, "transformers")] * len(hashes), write, priority)
 
     def load(self, tokens: Any, batch_size: int = 1) -> tuple[Any, int]:
@@ -5734,12 +5834,12 @@ def _copy_block(view: memoryview, entry: CacheEntry) -> Any:
 def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tuple[int, ...], num_tokens: int) -> Any:
     """One array of `num_tokens` tokens from blocks of shape (layers, 2, heads, block size, head size): one copy."""
     blocks = [as_tensor(view, dtype, shape, framework) for view in views]
-    whole = (*shape[:3], num_tokens, shape[4])
+    whole = (*blocks[0].shape[:3], num_tokens, blocks[0].shape[4])  # torch counts F4 in pairs
     if framework == "numpy":
         numpy = _library("numpy")
         # On a cache line, as torch's start. numpy's own start 16 bytes into a page and the blocks at one: processors
         # that compare only the low 12 bits of loads with those of stores before them then stall (94 MB: 48 ms, not 22).
-        size = math.prod(whole) * DTYPE_BYTES[dtype]
+        size = tensor_bytes(dtype, whole)
         room = numpy.empty(size + 63, numpy.uint8)
         skip = -room.ctypes.data % 64
         joined = room[skip : skip + size].view(blocks[0].dtype).reshape(whole)
@@ -6084,7 +6184,10 @@ def _plural(count: int, noun: str, nouns: str = "") -> str:
 
 
 class KVCacheCLI:
-    """The commands of `cortex cache`, one method each: takes the parsed arguments, returns the exit code."""
+    """Run the commands of `cortex cache`: one method each takes the parsed arguments and returns the exit code.
+
+    `build_parser` says in a line each what they do: docstrings would be missing under `python -OO`.
+    """
 
     def __init__(self, store_path: str | None = None) -> None:
         self._store_path = store_path
@@ -6097,7 +6200,6 @@ class KVCacheCLI:
         return self.store
 
     def create(self, args: argparse.Namespace) -> int:
-        """make a pool that stays until it is deleted"""
         given = vars(args)
         config = CachePoolConfig(
             args.name,
@@ -6118,7 +6220,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def status(self, args: argparse.Namespace) -> int:
-        """show one pool, or a line for each"""
         names = [args.name] if args.name else self.store.list()
         found: list[dict[str, Any]] = []
         failed = 0
@@ -6180,7 +6281,6 @@ class KVCacheCLI:
         }
 
     def list(self, args: argparse.Namespace) -> int:
-        """list the entries of a pool, next victim first"""
         with self._open(args.name) as pool:
             entries = list(pool.entries.values())
         if vars(args).get("json"):
@@ -6199,7 +6299,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def put(self, args: argparse.Namespace) -> int:
-        """store a file, or standard input, under a key"""
         given = vars(args)
         file = given.get("file") or "-"
         with self._open(args.name) as pool:
@@ -6228,7 +6327,6 @@ class KVCacheCLI:
         return data
 
     def get(self, args: argparse.Namespace) -> int:
-        """write a value to a file, or to standard output"""
         file = vars(args).get("file") or "-"
         with self._open(args.name) as pool, pool.view(args.key) as view:
             if view is None:
@@ -6244,7 +6342,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def evict(self, args: argparse.Namespace) -> int:
-        """evict a share of the entries, by policy"""
         with self._open(args.name) as pool:
             count = pool.evict(float(args.percent))
             left = len(pool)
@@ -6252,7 +6349,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def persist(self, args: argparse.Namespace) -> int:
-        """write a snapshot (a safetensors file)"""
         with self._open(args.name) as pool:
             path = vars(args).get("path") or pool.default_snapshot_path
             count = pool._persist(path, _ProgressLine("writing"))
@@ -6263,7 +6359,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def restore(self, args: argparse.Namespace) -> int:
-        """read a snapshot back, into its pool or a new one"""
         given = vars(args)
         path = self._snapshot_path(args.path)
         changes: dict[str, Any] = {"tier": given.get("tier"), "eviction_policy": given.get("policy")}
@@ -6292,14 +6387,12 @@ class KVCacheCLI:
         return os.path.join(self.store.store_path, path_or_name + SNAPSHOT_SUFFIX)
 
     def configure(self, args: argparse.Namespace) -> int:
-        """go by another eviction policy from now on"""
         with self._open(args.name) as pool:
             pool.set_eviction_policy(args.policy)
         _say(f"{args.name} goes by {args.policy} now")
         return EXIT_DONE
 
     def check(self, args: argparse.Namespace) -> int:
-        """compare all of a pool's metadata, mend it with --fix"""
         given = vars(args)
         with self._open(args.name) as pool:
             problems = pool.check(fix=bool(given.get("fix")))
@@ -6316,14 +6409,12 @@ class KVCacheCLI:
         return EXIT_FAILED if left else EXIT_DONE
 
     def delete(self, args: argparse.Namespace) -> int:
-        """delete a pool and all it holds"""
         if not self.store.delete(args.name):
             raise PoolNotFoundError(f"there is no pool {args.name!r} in {self.store.store_path}")
         _say(f"deleted {args.name}")
         return EXIT_DONE
 
     def prune(self, args: argparse.Namespace) -> int:
-        """remove what killed processes left in shared memory"""
         with _os_errors(f"prune {SHM_DIR}"):
             removed, left = _remove_leftovers(SHM_DIR, bool(vars(args).get("force")))
         if vars(args).get("json"):
@@ -6338,7 +6429,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def replay(self, args: argparse.Namespace) -> int:
-        """hit ratios that policies and sizes would have on a trace of requests, or on what a pool has recorded"""
         blocks: dict[int, int] = {}
         as_pool = False
         wanted = "1%,5%,10%,20%,40%" if args.sizes is None else args.sizes
@@ -6393,7 +6483,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def policies(self, args: argparse.Namespace) -> int:
-        """list the eviction policies"""
         if vars(args).get("json"):
             _out(json.dumps({policy.value: text for policy, text in POLICY_HELP.items()}, indent=2))
         else:
@@ -6402,7 +6491,6 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def demo(self, args: argparse.Namespace) -> int:
-        """a tour with several real processes, in under 15 seconds"""
         return _demo()
 
     def _open(self, name: str) -> KVCachePool:
@@ -6598,8 +6686,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--store", metavar="DIR", help=store_help, default=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, prog=parser.prog)
 
-    def command(name: str, *, json_too: bool = False) -> argparse.ArgumentParser:
-        text = getattr(KVCacheCLI, name).__doc__
+    def command(name: str, text: str, *, json_too: bool = False) -> argparse.ArgumentParser:
         about = f"{text[0].upper()}{text[1:]}."
         sub = commands.add_parser(name, help=text, description=about, parents=[common], formatter_class=look)
         if json_too:
@@ -6617,16 +6704,16 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--block-size", metavar="SIZE", help="unit of allocation (default 4K)")
         sub.add_argument("--max-entries", type=int, metavar="N", help="most entries at a time (default 10000)")
 
-    sub = command("create")
+    sub = command("create", "make a pool that stays until it is deleted")
     sub.add_argument("name", metavar="NAME")
     pool_options(sub, True)
     sub.add_argument("--persist-path", metavar="PATH", help="where `persist` writes by default")
     sub.add_argument("--record", type=int, metavar="N", help="keep the last N accesses, for `replay NAME`")
-    sub = command("status", json_too=True)
+    sub = command("status", "show one pool, or a line for each", json_too=True)
     sub.add_argument("name", metavar="NAME", nargs="?")
-    sub = command("list", json_too=True)
+    sub = command("list", "list the entries of a pool, next victim first", json_too=True)
     sub.add_argument("name", metavar="NAME")
-    sub = command("put")
+    sub = command("put", "store a file, or standard input, under a key")
     sub.add_argument("name", metavar="NAME")
     sub.add_argument("key", metavar="KEY")
     sub.add_argument("file", metavar="FILE", nargs="?", help="default: standard input")
@@ -6634,34 +6721,38 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--priority", type=int, metavar="N", help="for policy priority: higher stays longer")
     sub.add_argument("--sequence-length", type=int, metavar="N", help="tokens")
     sub.add_argument("--layer-index", type=int, metavar="N")
-    sub = command("get")
+    sub = command("get", "write a value to a file, or to standard output")
     sub.add_argument("name", metavar="NAME")
     sub.add_argument("key", metavar="KEY")
     sub.add_argument("file", metavar="FILE", nargs="?", help="default: standard output")
-    sub = command("evict")
+    sub = command("evict", "evict a share of the entries, by policy")
     sub.add_argument("name", metavar="NAME")
     sub.add_argument("--percent", type=float, required=True, metavar="P", help="share of the entries, 0 to 100")
-    sub = command("persist")
+    sub = command("persist", "write a snapshot (a safetensors file)")
     sub.add_argument("name", metavar="NAME")
     sub.add_argument("--path", metavar="P", help="default: NAME.safetensors in the store directory")
-    sub = command("restore")
+    sub = command("restore", "read a snapshot back, into its pool or a new one")
     sub.add_argument("path", metavar="PATH|NAME")
     sub.add_argument("--name", help="name of the pool (default: the one in the snapshot)")
     pool_options(sub, False)
     sub.add_argument("--salvage", action="store_true", help="take what is intact of a damaged file")
-    sub = command("configure")
+    sub = command("configure", "go by another eviction policy from now on")
     sub.add_argument("name", metavar="NAME")
     policy_help = "see `policies`; adaptive:0.4/0.3/0.3 for fixed weights of recency, frequency and size"
     sub.add_argument("--policy", required=True, metavar="P", help=policy_help)
-    sub = command("check", json_too=True)
+    sub = command("check", "compare all of a pool's metadata, mend it with --fix", json_too=True)
     sub.add_argument("name", metavar="NAME")
     sub.add_argument("--fix", action="store_true", help="rebuild what is derived, drop records that can't be right")
-    sub = command("delete")
+    sub = command("delete", "delete a pool and all it holds")
     sub.add_argument("name", metavar="NAME")
-    sub = command("prune", json_too=True)
+    sub = command("prune", "remove what killed processes left in shared memory", json_too=True)
     force_help = "also remove pools that nobody has open and whose store directory is not to be seen from here"
     sub.add_argument("--force", action="store_true", help=force_help)
-    sub = command("replay", json_too=True)
+    sub = command(
+        "replay",
+        "hit ratios that policies and sizes would have on a trace of requests, or on what a pool has recorded",
+        json_too=True,
+    )
     sub.add_argument(
         "trace", metavar="TRACE|NAME", help="JSON lines with hash_ids, or of parent blocks; or a pool that records"
     )
@@ -6674,8 +6765,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plot_help = "draw the usable hit ratios (needs matplotlib); as bars of text without FILE or matplotlib"
     sub.add_argument("--plot", metavar="FILE.png", nargs="?", const="", help=plot_help)
-    command("policies", json_too=True)
-    command("demo")
+    command("policies", "list the eviction policies", json_too=True)
+    command("demo", "a tour with several real processes, in under 15 seconds")
     return parser
 
 
