@@ -3101,6 +3101,9 @@ def snapshot_meta(entry: CacheEntry) -> EntryMeta:
 _open_pools: weakref.WeakSet[KVCachePool] = weakref.WeakSet()
 # Handles that are closed or garbage, while something made from one of their views lives: they keep their session.
 _lent_out: set[KVCachePool] = set()
+# The weak references to all views of each handle, by id of their mapping: a collection that finds a handle in a cycle
+# clears the references that only the cycle holds, and the handle would not know of its views.
+_all_view_refs: dict[int, dict[int, _ViewRef]] = {}
 
 
 def _known_pools() -> list[KVCachePool]:
@@ -3629,6 +3632,7 @@ class KVCachePool:
         self._pins: dict[int, int] = {}  # slot -> how many of our tokens pin it
         self._reader = 0  # the token that pins by way of the session table
         self._view_refs: dict[int, _ViewRef] = {}
+        _all_view_refs[id(self._view_refs)] = self._view_refs
         self._pins_by_key: dict[bytes, list[int]] = {}
         self._tokens = itertools.count(1, 1 << 32)  # a path uses the numbers from its token on
         self._gone_views: deque[_ViewRef] = deque()
@@ -3782,6 +3786,7 @@ class KVCachePool:
         segment, self._segment = self._mapped, None
         _lent_out.discard(self)
         self._view_refs.clear()
+        _all_view_refs.pop(id(self._view_refs), None)
         gone: Any = _ClosedMemory(self.name)  # whatever refers to the memory keeps it mapped
         self._table = self._allocator = self._order = self._memory = self._words = gone
         segment.close()
