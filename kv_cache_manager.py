@@ -4376,7 +4376,7 @@ def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: s
         with warnings.catch_warnings():  # that the buffer is read-only is known
             warnings.simplefilter("ignore")
             if not len(view):
-                return torch.empty(shape, dtype=getattr(torch, name))
+                return torch.empty(shape, dtype=getattr(torch, name), device="cpu")  # not the default device
             return torch.frombuffer(view, dtype=getattr(torch, name)).view(shape)
     return _library("numpy").frombuffer(view, dtype=name).reshape(shape)
 
@@ -4473,37 +4473,84 @@ if hasattr(os, "register_at_fork"):
 
 
 def model_fingerprint(path: str | os.PathLike[str]) -> str:
-    """A namespace for `PrefixCache` from a model on disk: a digest of its files, names and contents.
+    """Return a namespace for `PrefixCache` from a model on disk: a digest of its files, names and contents.
 
-    `path` is one file such as a GGUF, or a directory, of which all files count but hidden ones, in sub-directories too.
+    `path` is one file such as a GGUF, or a directory. All its files count but hidden ones, in sub-directories too, also
+    in those that a symlink leads to. Symlinks that lead nowhere do not count, nor do pipes, sockets and devices.
     Every byte is read, at 1 to 2 GB/s for each of four threads: a fine-tune may differ from its base in one layer only.
     Where that takes too long, make up a namespace of your own. Add the dtype that the model runs in, if it may differ.
-    InvalidArgumentError if there is no file, StorageError if one can't be read.
+    InvalidArgumentError if there is no file, or if a symlink leads to a directory that holds the model among other
+    files. StorageError if something can't be read.
     """
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path  # here, like `array` below: each takes longer to import than `cortex` to open a pool
 
-    def digest_of(file: Path) -> bytes:
+    def digest_of(file: str) -> bytes:
         digest = hashlib.sha256()
-        with file.open("rb") as data:
+        with open(file, "rb") as data:
             while piece := data.read(COPY_CHUNK):
                 digest.update(piece)
         return digest.digest()
 
     root = Path(check_path(path))
-    with _os_errors(f"read the model {root}"):
-        names = [""] if root.is_file() else sorted(file.relative_to(root).as_posix() for file in root.rglob("*"))
-        names = [
-            name for name in names if (root / name).is_file() and not any(p[0] == "." for p in name.split("/") if p)
-        ]
-        if not names:
-            raise InvalidArgumentError(f"{root} holds no model: there is no file that is not hidden")
+    with _os_errors(f"read the model {str(root)!r}"):
+        files = {"": str(root)} if root.is_file() else _model_files(str(root))
+        if not files:
+            raise InvalidArgumentError(f"{str(root)!r} holds no model: there is no file that is not hidden")
+        names = sorted(files)
         with ThreadPoolExecutor(4) as pool:
-            digests = pool.map(digest_of, [root / name for name in names])
-            whole = b"".join(
-                _framed((name or root.name).encode()) + part for name, part in zip(names, digests, strict=True)
-            )
-    return hashlib.sha256(whole).hexdigest()[:32]
+            digests = list(pool.map(digest_of, [files[name] for name in names]))
+    whole = hashlib.sha256()
+    for name, part in zip(names, digests, strict=True):
+        whole.update(_framed((name or root.name).encode("utf-8", "surrogateescape")) + part)
+    return whole.hexdigest()[:32]
+
+
+def _model_files(root: str) -> dict[str, str]:
+    """Return the path of each file below `root` by its name there; hidden names do not count, symlinks are followed.
+
+    A symlink to a directory on the way to itself is a loop: it adds no file, so it is passed over. One that leads above
+    `root` would make all that lies there a part of the model: InvalidArgumentError.
+    """
+
+    def identify(directory: str) -> tuple[int, int]:
+        status = os.stat(directory)
+        return status.st_dev, status.st_ino
+
+    above, parent = set(), os.path.realpath(root)
+    while parent != os.path.dirname(parent):
+        parent = os.path.dirname(parent)
+        above.add(identify(parent))
+    files: dict[str, str] = {}
+    # (directory, its name below `root`, identities of it and of those on the way to it, the symlink that leads above)
+    waiting: list[tuple[str, str, tuple[tuple[int, int], ...], str]] = []
+    if os.path.isdir(root):
+        waiting.append((root, "", (identify(root),), ""))
+    while waiting:
+        directory, prefix, way, astray = waiting.pop()
+        for name in os.listdir(directory):
+            if name[0] == ".":
+                continue
+            file = os.path.join(directory, name)
+            try:
+                status = os.stat(file)
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) and os.path.islink(file):
+                    continue  # it leads nowhere
+                raise
+            if stat.S_ISREG(status.st_mode):
+                if astray:
+                    raise InvalidArgumentError(
+                        f"symlink {astray!r} of the model leads to a directory that holds the model itself, and "
+                        f"{file!r} too: remove the symlink"
+                    )
+                files[prefix + name] = file
+            elif stat.S_ISDIR(status.st_mode):
+                identity = status.st_dev, status.st_ino
+                if identity not in way:
+                    leads_above = astray or (file if identity in above else "")
+                    waiting.append((file, f"{prefix}{name}/", (*way, identity), leads_above))
+    return files
 
 
 def _framed(data: bytes) -> bytes:
@@ -4615,7 +4662,7 @@ class PrefixCache:
     def lookup(self, hashes: Sequence[str]) -> tuple[list[Any], int]:
         """(copies of the blocks of the leading run that is there, how many tokens they cover)."""
         check_keys(hashes)
-        with self._open(hashes) as opened:
+        with _OpenPath(self, hashes) as opened:
             blocks = [_copy_block(view, entry) for view, entry in opened]
         self._count(tokens_requested=len(hashes) * self.block_size, tokens_hit=len(blocks) * self.block_size)
         return blocks, len(blocks) * self.block_size
@@ -4675,23 +4722,6 @@ class PrefixCache:
             raise
         self._count(blocks_stored=stored, blocks_shared=shared, bytes_saved=saved)
         return stored
-
-    @contextlib.contextmanager
-    def _open(self, hashes: Sequence[str]) -> Iterator[list[tuple[memoryview, CacheEntry]]]:
-        """The leading run of these blocks, pinned and intact."""
-        pool = self.pool
-        token = next(pool._tokens)
-        opened = pool._open_path([encode_key(key) for key in hashes], token)
-        try:
-            intact = []
-            for view, entry, checksum in opened:
-                if self.verify and checksum and zlib.crc32(view) != checksum:
-                    pool.delete(entry.key)
-                    break
-                intact.append((view, entry))
-            yield intact
-        finally:
-            pool._close_path([view for view, _, _ in opened], token)
 
     # --- the KV of a model -------------------------------------------------------------------------------------------
 
@@ -4757,7 +4787,7 @@ class PrefixCache:
         if _is_batch(tokens):
             raise InvalidArgumentError("tokens must be one row: load the prefix that the rows share, with batch_size")
         hashes = self.compute_block_hashes(tokens)
-        with self._open(hashes) as opened:
+        with _OpenPath(self, hashes) as opened:
             kinds = [(entry.framework, entry.dtype, entry.shape) for _, entry in opened]
             usable = len(list(itertools.takewhile(lambda kind: kind == kinds[0], kinds))) if kinds else 0
             num_tokens = min(usable * self.block_size, len(tokens) - 1)
@@ -4792,6 +4822,37 @@ class PrefixCache:
         with self._lock:
             for name, change in changes.items():
                 self._counts[name] += change
+
+
+class _OpenPath:
+    """Context manager that gives the leading run of blocks, pinned and intact: (view, entry) of each.
+
+    A class, for a generator that an exception passes through keeps its frames, and so its views, in a cycle.
+    """
+
+    def __init__(self, cache: PrefixCache, hashes: Sequence[str]) -> None:
+        self.pool, self.verify = cache.pool, cache.verify
+        self.keys = [encode_key(key) for key in hashes]
+        self.token = next(self.pool._tokens)
+        self.views: list[memoryview] = []
+
+    def __enter__(self) -> list[tuple[memoryview, CacheEntry]]:
+        opened = self.pool._open_path(self.keys, self.token)
+        self.views = [view for view, _, _ in opened]
+        intact = []
+        try:
+            for view, entry, checksum in opened:
+                if self.verify and checksum and zlib.crc32(view) != checksum:
+                    self.pool.delete(entry.key)
+                    break
+                intact.append((view, entry))
+        except BaseException:
+            self.__exit__()
+            raise
+        return intact
+
+    def __exit__(self, *_: object) -> None:
+        self.pool._close_path(self.views, self.token)
 
 
 def _is_batch(tokens: Any) -> bool:
@@ -4836,7 +4897,7 @@ def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tup
         joined = room[skip : skip + size].view(blocks[0].dtype).reshape(whole)
     else:
         torch = _library("torch")
-        joined = torch.empty(whole, dtype=blocks[0].dtype)
+        joined = torch.empty(whole, dtype=blocks[0].dtype, device="cpu")  # whatever the default device
     for number, block in enumerate(blocks):
         at = number * shape[3]
         end = min(at + shape[3], num_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -3778,6 +3779,12 @@ class TestTensors:
             assert_sound(pool)
 
 
+def deny(path: Any, name: str) -> None:
+    """Fail as the kernel does for who may not see a file."""
+    if isinstance(path, str) and os.path.basename(path) == name:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+
 def make_prefix_cache(pool: KVCachePool, **changes: Any) -> kv.PrefixCache:
     return kv.PrefixCache(pool, **{"namespace": "model", "block_size": 4, **changes})
 
@@ -4002,6 +4009,73 @@ class TestPrefixCache:
             with pytest.raises(CacheError):
                 kv.model_fingerprint(bad)
 
+    def test_fingerprints_follow_symlinked_directories(self, tmp_path: Path) -> None:
+        fingerprints = set()
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            (tmp_path / f"real-{name}").mkdir()
+            (tmp_path / name / "config.json").write_text("{}")
+            (tmp_path / f"real-{name}" / "adapter.bin").write_text(name)
+            (tmp_path / name / "adapter").symlink_to(f"../real-{name}")
+            fingerprints.add(kv.model_fingerprint(tmp_path / name))
+        assert len(fingerprints) == 2
+        plain = tmp_path / "plain"  # the same names and contents without the symlink
+        (plain / "adapter").mkdir(parents=True)
+        (plain / "config.json").write_text("{}")
+        (plain / "adapter" / "adapter.bin").write_text("a")
+        assert kv.model_fingerprint(plain) == kv.model_fingerprint(tmp_path / "a")
+        assert kv.model_fingerprint(plain) == "69bb5f2df67b658e4c7dbe64c19a0b9a", "as it always was"
+        (tmp_path / "b" / ".cache").mkdir()
+        (tmp_path / "b" / ".cache" / "weights").write_text("x")
+        before = kv.model_fingerprint(tmp_path / "b")
+        (tmp_path / "b" / "cache").symlink_to(".cache")  # hidden is what the name in the model says
+        assert kv.model_fingerprint(tmp_path / "b") != before
+        (tmp_path / "b" / "again").symlink_to("cache/weights")  # a file counts once for each of its names
+        assert kv.model_fingerprint(tmp_path / "b") not in (before, *fingerprints)
+
+    def test_loops_and_what_is_no_file_add_nothing_to_a_fingerprint(self, tmp_path: Path) -> None:
+        model = tmp_path / "around" / "model"
+        (model / "inner").mkdir(parents=True)
+        (model / "inner" / "weights").write_text("x")
+        before = kv.model_fingerprint(model)
+        (model / "itself").symlink_to(".")
+        (model / "inner" / "up").symlink_to("..")
+        (model / "inner" / "top").symlink_to(model)
+        (model / "round").symlink_to("round")
+        (model / "nowhere").symlink_to("gone")
+        (model / "no-directory").symlink_to("inner/weights/x")
+        (model / "around").symlink_to("..")  # it holds nothing but the model
+        os.mkfifo(model / "pipe")
+        assert kv.model_fingerprint(model) == before
+        (tmp_path / "around" / ".hidden").write_text("x")
+        assert kv.model_fingerprint(model) == before
+        (tmp_path / "around" / "other").mkdir()
+        (tmp_path / "around" / "other" / "weights").write_text("x")
+        with pytest.raises(kv.InvalidArgumentError, match=r"symlink '.*/model/around' .*remove the symlink"):
+            kv.model_fingerprint(model)
+
+    def test_fingerprints_take_any_file_name(self, tmp_path: Path) -> None:
+        seen = set()
+        for name in (b"\xff.bin", b"\xfe.bin", "\u00ff.bin".encode(), b"a\nb", b"a", b" "):
+            (directory := tmp_path / f"model-{len(seen)}").mkdir()
+            with open(os.path.join(os.fsencode(directory), name), "wb") as file:
+                file.write(b"x")
+            seen.add(kv.model_fingerprint(directory))
+            seen.add(kv.model_fingerprint(os.path.join(directory, os.fsdecode(name))))
+        assert len(seen) == 6 + 6 - 6  # a directory of one file counts as that file
+
+    def test_a_file_that_cannot_be_read_is_no_fingerprint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "weights").write_text("x")
+        (tmp_path / "inner").mkdir()
+        for name in ("weights", "inner"):
+            with monkeypatch.context() as patch:
+                stat_of = os.stat
+                patch.setattr(os, "stat", lambda path, *a, n=name, f=stat_of, **k: deny(path, n) or f(path, *a, **k))
+                with pytest.raises(kv.StorageError, match="read the model"):
+                    kv.model_fingerprint(tmp_path)
+
     def test_verify_holds_after_persist_and_restore(self, tmp_path: Path) -> None:
         pytest.importorskip("numpy")
         with make_pool(64) as pool:
@@ -4056,6 +4130,55 @@ class TestPrefixCache:
             monkeypatch.setitem(sys.modules, "torch", None)
             with pytest.raises(kv.UnsupportedError, match=r"needs torch.*kv-cache-manager\[torch\]"):
                 pool.get_tensor("k", framework="torch")
+
+    def test_the_default_device_moves_nothing(self) -> None:
+        torch = torch_or_skip()
+        states = torch.arange(2 * 2 * 3 * 8 * 5, dtype=torch.bfloat16).reshape(2, 2, 3, 8, 5)
+        with make_pool(64) as pool:
+            cache = make_prefix_cache(pool)
+            hashes = cache.compute_block_hashes(self.TOKENS[:8])
+
+            def use() -> None:
+                assert cache.store(self.TOKENS[:8], states) == 2
+                assert pool.put_tensor("empty", torch.zeros(0, 3, device="cpu"))
+                assert pool.put_tensor("full", torch.ones(2, device="cpu"))
+                with pool.view_tensor("full") as seen:
+                    found = [seen.clone()]
+                found += [pool.get_tensor("empty"), pool.get_tensor("full"), *cache.lookup(hashes)[0]]
+                loaded, num_tokens = cache.load(self.TOKENS[:9])
+                assert (num_tokens, loaded.device.type) == (8, "cpu")
+                assert all(tensor.device.type == "cpu" for tensor in found)
+                assert torch.equal(loaded, states)
+                assert found[0].tolist() == [1, 1]
+
+            before = torch.get_default_device(), torch.get_default_dtype()
+            try:
+                for device, dtype in (("meta", torch.float64), ("cpu", torch.float16)):
+                    torch.set_default_device(device)
+                    torch.set_default_dtype(dtype)
+                    use()
+                    pool.clear()
+            finally:
+                torch.set_default_device(before[0] if before[0].type != "cpu" else None)
+                torch.set_default_dtype(before[1])
+            for around in (torch.device("meta"), torch.inference_mode(), torch.no_grad()):
+                with around:
+                    use()
+                pool.clear()
+            assert_sound(pool)
+
+    def test_an_error_inside_a_load_leaves_no_pin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool:
+            cache = make_prefix_cache(pool, verify=True)
+            cache.store(self.TOKENS, make_kv(self.TOKENS))
+            for where in ("_join_blocks", "zlib"):
+                with monkeypatch.context() as patch, pytest.raises((TypeError, AttributeError)):
+                    patch.setattr(kv, where, None)
+                    cache.load(self.TOKENS)
+                assert pool.get_stats()["pinned_entries"] == 0
+            assert cache.load(self.TOKENS)[1] == 20
+            assert_sound(pool)
 
     def test_masked_arrays_are_refused(self) -> None:
         numpy = pytest.importorskip("numpy")
