@@ -5121,8 +5121,10 @@ def replay(
     `policy` may be "optimum" (Belady's) or have weights, "adaptive:0.4/0.3/0.3" for recency, frequency and size. What
     a request names takes one block, or as many as `blocks` says; then the optimum is not one, only good.
 
-    On a trace, what a request has just stored may be the first to go. `as_pool`, for recordings: it stays as long as it
-    can, as in a pool, and a request of one block is a `get`, which fifo does not count.
+    On a trace, what a request has just stored may be the first to go, and ADAPTIVE is told that the last block of a
+    request ends a prompt: traces count the partial last block, which is seldom used again. `as_pool`, for recordings:
+    it stays as long as it can, as in a pool, a request of one block is a `get`, which fifo does not count, and no block
+    ends a prompt, for `PrefixCache` stores full blocks only.
     """
     capacity = check_int("capacity", capacity, 1)
     requests = list(requests)
@@ -5157,7 +5159,7 @@ def replay(
             if not new:
                 order.touch_locked(slot)
         else:
-            order.touch_path_locked(path, new, ends_prompt=True)
+            order.touch_path_locked(path, new, ends_prompt=not as_pool)
         victims: list[int] = []
         kept = set(path) if as_pool else set()
         for slot in order.victims_locked() if used > capacity else ():

@@ -4881,6 +4881,23 @@ class TestReplay:
             assert pool.evict(100) == 20
             assert_sound(pool)
 
+    @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "adaptive"])
+    @pytest.mark.parametrize("capacity", [5, 40, 300])
+    def test_a_prefix_cache_gets_what_replay_says(self, policy: str, capacity: int) -> None:
+        """Equal hits; but for adaptive, where which ghosts share a set depends on the keys."""
+        requests = self.trace(2)
+        config = make_config(blocks=capacity, block_size=512, max_entries=capacity, eviction_policy=policy)
+        with KVCachePool(config) as pool:
+            cache = kv.PrefixCache(pool, namespace="m", block_size=1)
+            hits = 0
+            for request in requests:
+                keys = [str(block) for block in request]
+                hits += cache.lookup(keys)[1]
+                cache.insert(keys, [b"x"] * len(keys))
+            replayed = kv.replay(requests, policy, capacity, as_pool=True)[1]
+            assert hits == pytest.approx(replayed, rel=0.02 if policy == "adaptive" and capacity < 300 else 0)
+            assert_sound(pool)
+
     def test_what_was_just_stored_stays_as_in_a_pool(self) -> None:
         requests = [[1], [1], [2], [2], [2], [1]]
         assert kv.replay(requests, "lfu", 1) == (2, 2)  # 2 goes at once, each time
