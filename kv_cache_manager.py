@@ -5379,7 +5379,7 @@ def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: s
     if framework in ("torch", "transformers") or name not in _NUMPY_DTYPES:
         torch = _library("torch")
         if not len(view):
-            return torch.empty(shape, dtype=getattr(torch, name))
+            return torch.empty(shape, dtype=getattr(torch, name), device="cpu")  # not the default device
         # By way of numpy: a tensor of `frombuffer` does not keep a view from being released.
         return torch.from_numpy(_library("numpy").frombuffer(view, "u1")).view(getattr(torch, name)).view(shape)
     return _library("numpy").frombuffer(view if is_writable else view.toreadonly(), dtype=name).reshape(shape)
@@ -5487,42 +5487,94 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, 
 
 
 def model_fingerprint(path: str | os.PathLike[str]) -> str:
-    """A namespace for `PrefixCache` from a model on disk: a digest of its files, names and contents.
+    """Return a namespace for `PrefixCache` from a model on disk: a digest of its files, names and contents.
 
-    `path` is one file such as a GGUF, or a directory, of which all files count but hidden ones, in sub-directories too.
+    `path` is one file such as a GGUF, or a directory. All its files count but hidden ones, in sub-directories too, also
+    in those that a symlink leads to. Symlinks that lead nowhere do not count, nor do pipes, sockets and devices.
     Every byte is read, at 1 to 2 GB/s for each of four threads: a fine-tune may differ from its base in one layer only.
     Where that takes too long, make up a namespace of your own. Add the dtype that the model runs in, if it may differ.
-    InvalidArgumentError if there is no file, StorageError if one can't be read.
+    InvalidArgumentError if there is no file, or if a symlink leads to a directory that holds the model among other
+    files. StorageError if something can't be read.
     """
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path  # here, like `array` below: each takes longer to import than `cortex` to open a pool
 
-    def digest_of(file: Path) -> bytes:
+    def digest_of(file: str) -> bytes:
         digest = hashlib.sha256()
-        with file.open("rb") as data:
+        with open(file, "rb") as data:
             while piece := data.read(COPY_CHUNK):
                 digest.update(piece)
         return digest.digest()
 
     root = Path(check_path(path))
-    with _os_errors(f"read the model {root}"):
-        names = [""] if root.is_file() else sorted(file.relative_to(root).as_posix() for file in root.rglob("*"))
-        names = [
-            name for name in names if (root / name).is_file() and not any(p[0] == "." for p in name.split("/") if p)
-        ]
-        if not names:
-            raise InvalidArgumentError(f"{root} holds no model: there is no file that is not hidden")
+    with _os_errors(f"read the model {str(root)!r}"):
+        files = {"": str(root)} if root.is_file() else _model_files(str(root))
+        if not files:
+            raise InvalidArgumentError(f"{str(root)!r} holds no model: there is no file that is not hidden")
+        names = sorted(files)
         with ThreadPoolExecutor(4) as pool:
-            digests = pool.map(digest_of, [root / name for name in names])
-            whole = b"".join(
-                _framed((name or root.name).encode()) + part for name, part in zip(names, digests, strict=True)
-            )
-    return hashlib.sha256(whole).hexdigest()[:32]
+            digests = list(pool.map(digest_of, [files[name] for name in names]))
+    whole = hashlib.sha256()
+    for name, part in zip(names, digests, strict=True):
+        whole.update(_framed((name or root.name).encode("utf-8", "surrogateescape")) + part)
+    return whole.hexdigest()[:32]
+
+
+def _model_files(root: str) -> dict[str, str]:
+    """Return the path of each file below `root` by its name there; hidden names do not count, symlinks are followed.
+
+    A symlink to a directory on the way to itself is a loop: it adds no file, so it is passed over. One that leads above
+    `root` would make all that lies there a part of the model: InvalidArgumentError.
+    """
+
+    def identify(directory: str) -> tuple[int, int]:
+        status = os.stat(directory)
+        return status.st_dev, status.st_ino
+
+    above, parent = set(), os.path.realpath(root)
+    while parent != os.path.dirname(parent):
+        parent = os.path.dirname(parent)
+        above.add(identify(parent))
+    files: dict[str, str] = {}
+    # (directory, its name below `root`, identities of it and of those on the way to it, the symlink that leads above)
+    waiting: list[tuple[str, str, tuple[tuple[int, int], ...], str]] = []
+    if os.path.isdir(root):
+        waiting.append((root, "", (identify(root),), ""))
+    while waiting:
+        directory, prefix, way, astray = waiting.pop()
+        for name in os.listdir(directory):
+            if name[0] == ".":
+                continue
+            file = os.path.join(directory, name)
+            try:
+                status = os.stat(file)
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) and os.path.islink(file):
+                    continue  # it leads nowhere
+                raise
+            if stat.S_ISREG(status.st_mode):
+                if astray:
+                    raise InvalidArgumentError(
+                        f"symlink {astray!r} of the model leads to a directory that holds the model itself, and "
+                        f"{file!r} too: remove the symlink"
+                    )
+                files[prefix + name] = file
+            elif stat.S_ISDIR(status.st_mode):
+                identity = status.st_dev, status.st_ino
+                if identity not in way:
+                    leads_above = astray or (file if identity in above else "")
+                    waiting.append((file, f"{prefix}{name}/", (*way, identity), leads_above))
+    return files
 
 
 def _framed(data: bytes) -> bytes:
     """Bytes behind their length, so that no two sequences of them run together into the same bytes."""
     return struct.pack("<Q", len(data)) + data
+
+
+def _is_text(text: object) -> bool:
+    """Return True if a text can name something that KV depends on."""
+    return isinstance(text, str) and text != "" and text.isprintable()
 
 
 def _token_bytes(tokens: Any) -> bytes:
@@ -5565,17 +5617,37 @@ class PrefixCache:
     an answer takes what others have asked (CVE-2025-46570). With `verify`, blocks are stored with a CRC-32, and one
     that does not match it when loaded is dropped and counts as missing.
 
+    `extra`, a text or a list of texts, names what else the whole KV depends on: the dtype, an adapter, a rank of tensor
+    or pipeline parallelism, a soft prompt. `block_extra={block number: text}` names what a block depends on beside its
+    tokens, such as the digest of an image or a sound whose placeholder tokens lie in it. Blocks after it need no text
+    of their own. Name every block that holds some of the placeholders, for a prompt may be cut between two of them.
+    `for_model` sees to adapters, dtype and rope scaling by itself.
+
     Hashes (SHA-256, hex): root = H(frame("cortex-prefix-1") frame(namespace) frame(salt) block_size), where frame(x) is
     the length of x as 8 bytes, then x; block = H(hash of the parent, 32 bytes; token ids, 4 bytes each). All integers
     are little-endian. Namespace "m", no salt, block size 2, tokens 1, 2, 3, 4, 5 give
     91e18dc874bf41fdb9637d26499f92f0d33830c4d1a5bb667cbed5fce07d1c8b
     2c59e6d00bdf1ee3614cb74b21adccc465239eb54f682464288083b58eedf02e
+    With texts in `extra` the root also covers frame(frame(text 1) frame(text 2) ...). With `for_model` it also covers
+    that, even of no texts, and then frame(digest of the model). A block that `block_extra` names also covers
+    frame(text). With extra "tp 0 of 2" and block_extra {1: "image"} the same tokens give
+    467ba64ac03c60176484b49f3381457aea1a82d8fa4618041183b28bfa796f30
+    30e2f8232066a5c6eea840a2f73b763a9c5c4fa7bfbb98e2cc6b1c1c837a3a26
 
     Statistics are those of this object; the pool has its own. Methods may be called from several threads.
     """
 
+    _model: Any = None
+
     def __init__(
-        self, pool: KVCachePool, *, namespace: str, block_size: int = 16, salt: str = "", verify: bool = False
+        self,
+        pool: KVCachePool,
+        *,
+        namespace: str,
+        block_size: int = 16,
+        salt: str = "",
+        verify: bool = False,
+        extra: str | Sequence[str] = "",
     ) -> None:
         if not isinstance(pool, KVCachePool):
             raise InvalidArgumentError(f"pool is a {type(pool).__name__}, it must be a KVCachePool")
@@ -5586,17 +5658,23 @@ class PrefixCache:
             raise InvalidArgumentError(
                 f"namespace {_show(namespace)} must be a printable str that names the weights, salt {_show(salt)} too"
             )
+        extras = ((extra,) if extra else ()) if isinstance(extra, str) else extra
+        if not isinstance(extras, (list, tuple)) or not all(map(_is_text, extras)):
+            raise InvalidArgumentError(f"extra {_show(extra)} must be a printable str, or a list of them without ''")
         self._made_of: dict[str, Any] = {
             "namespace": namespace,
             "block_size": block_size,
             "salt": salt,
             "verify": verify,
+            "extra": tuple(extras),
         }
         self.pool = pool
         self.block_size = check_int("block_size", block_size, 1, 1 << 20)
         self.verify = verify
         parts = [_framed(part.encode()) for part in ("cortex-prefix-1", namespace, salt)]
-        self._root = hashlib.sha256(b"".join(parts) + struct.pack("<Q", self.block_size)).digest()
+        self._named = b"".join(parts) + struct.pack("<Q", self.block_size)
+        self._extra = b"".join(_framed(text.encode()) for text in extras)
+        self._root = self._root_with(b"")
         self._prefix_hash = self._root.hex()[:16]
         self._lock = threading.Lock()
         names = ("tokens_requested", "tokens_hit", "blocks_stored", "blocks_shared", "bytes_saved")
@@ -5606,30 +5684,114 @@ class PrefixCache:
         """Sent to another process, its pool is opened there by name; statistics begin anew."""
         return functools.partial(PrefixCache, self.pool, **self._made_of), ()
 
+    @classmethod
+    def for_model(
+        cls,
+        pool: KVCachePool,
+        model: Any,
+        *,
+        namespace: str,
+        block_size: int = 16,
+        salt: str = "",
+        verify: bool = False,
+        extra: str | Sequence[str] = "",
+    ) -> PrefixCache:
+        """Return a cache that looks at a transformers model whenever it hashes tokens, to store, load or match.
+
+        The KV is found again only while the model is as it was: dtype and autocast; config, with rope and attention
+        implementation; adapters of peft, by their config, state and weights; a sample of all other weights, which
+        shows merged adapters and shards, but `namespace` names them. Longrope: prompts on each side of its
+        original length are told apart. Call `store` before the model computes another prompt.
+
+        What can't be told apart is refused (UnsupportedError): virtual tokens, dropout, dynamic NTK rope beyond its
+        original length, longrope beyond it outside the Phi family (whose `generate` begins anew there), attention in
+        both directions, placeholders of images and sounds that `block_extra` does not name. A prompt that can't be
+        cached for its length or placeholders is a miss for `load` and `match`.
+
+        What only a call sees must be named in `extra` or `block_extra`: images, `adapter_names=`, embeddings, hooks,
+        positions that do not count from 0. A look costs some milliseconds: it visits every module. Adapter weights are
+        digested whole, once; later looks add them up, so that they are read at memory speed.
+        """
+        return _ModelPrefixCache(
+            pool, model, namespace=namespace, block_size=block_size, salt=salt, verify=verify, extra=extra
+        )
+
     # --- blocks ------------------------------------------------------------------------------------------------------
 
-    def compute_block_hashes(self, tokens: Any) -> list[str]:
-        """The hash of each full block, root first. Tokens: list, tuple, numpy array or torch tensor of ids.
+    def compute_block_hashes(
+        self, tokens: Any, *, block_extra: Mapping[int, str] | None = None, length: int | None = None
+    ) -> list[str]:
+        """Return the hash of each full block, root first. Tokens: list, tuple, numpy array or torch tensor of ids.
 
         ValueError for ids that are negative or beyond 32 bits. The same in every process, platform and Python.
+        `block_extra` may name the partial last block, to no effect, but none after it. `length` is the number of tokens
+        of the whole prompt (default: these), which counts where rope scaling depends on it: see `for_model`.
         """
-        data = memoryview(_token_bytes(tokens))
+        data = _token_bytes(tokens)
+        num_tokens = len(data) // 4
+        total = num_tokens if length is None else check_int("length", length, num_tokens)
+        named = self._framed_texts(block_extra, num_tokens)
+        return self._chain(data, named, self._find_root(data, named, total, False))
+
+    def _chain(self, data: bytes, named: Mapping[int, bytes], root: bytes) -> list[str]:
+        """Return the hash of each full block of these tokens."""
+        words = memoryview(data)
         step = 4 * self.block_size
-        parent, sha256 = self._root, hashlib.sha256
+        parent, sha256 = root, hashlib.sha256
         hashes = []
-        for at in range(0, len(data) - step + 1, step):
-            parent = sha256(parent + data[at : at + step]).digest()
+        for at in range(0, len(words) - step + 1, step):
+            block = parent + words[at : at + step]
+            if named:
+                block += named.get(at // step, b"")
+            parent = sha256(block).digest()
             hashes.append(parent.hex())
         return hashes
 
-    def match(self, tokens: Any) -> int:
-        """How many of these tokens are cached, as a leading run of whole blocks. Changes nothing."""
-        return self.pool.count_path(self.compute_block_hashes(tokens)) * self.block_size
+    def _framed_texts(self, block_extra: Mapping[int, str] | None, num_tokens: int) -> dict[int, bytes]:
+        """Check `block_extra` for a prompt of so many tokens; return the bytes that each block's hash gets."""
+        if block_extra is None:
+            return {}
+        if not isinstance(block_extra, Mapping):
+            raise InvalidArgumentError(f"block_extra {_show(block_extra)} must be a dict {{block number: text}}")
+        named = {}
+        for number, text in block_extra.items():
+            block = check_int("block number in block_extra", number, 0)
+            if block * self.block_size >= num_tokens:
+                raise InvalidArgumentError(
+                    f"block_extra names block {block}, but {num_tokens} tokens end in block "
+                    f"{(num_tokens - 1) // self.block_size}: number blocks of {self.block_size} tokens from 0"
+                )
+            if not _is_text(text):
+                raise InvalidArgumentError(f"block_extra[{block}] {_show(text)} must be a printable str, not empty")
+            named[block] = _framed(text.encode())
+        return named
+
+    def _root_with(self, context: bytes) -> bytes:
+        """Return the hash before the first block, where the KV depends on this context (b"": on none)."""
+        named = self._named
+        if self._extra or context:
+            named += _framed(self._extra)
+        return hashlib.sha256(named + (_framed(context) if context else b"")).digest()
+
+    def _find_root(self, data: bytes, named: Mapping[int, bytes], length: int, stores: bool) -> bytes:
+        """Return the root for these tokens of a prompt of `length` tokens; `stores`: for KV computed just now."""
+        return self._root
+
+    def _find_hashes(self, tokens: Any, block_extra: Mapping[int, str] | None, length: int | None) -> list[str]:
+        """Return the hashes to look for: none if the KV of this prompt can't be cached."""
+        try:
+            return self.compute_block_hashes(tokens, block_extra=block_extra, length=length)
+        except _NotCacheableError:
+            return []
+
+    def match(self, tokens: Any, *, block_extra: Mapping[int, str] | None = None, length: int | None = None) -> int:
+        """Return how many of these tokens are cached, as a leading run of whole blocks. Changes nothing."""
+        return self.pool.count_path(self._find_hashes(tokens, block_extra, length)) * self.block_size
 
     def lookup(self, hashes: Sequence[str]) -> tuple[list[Any], int]:
         """(copies of the blocks of the leading run that is there, how many tokens they cover)."""
         check_keys(hashes)
-        with self._open(hashes) as opened:
+        with _OpenPath(self, hashes) as opened:
             blocks = [_copy_block(view, entry) for view, entry in opened]
         self._count(tokens_requested=len(hashes) * self.block_size, tokens_hit=len(blocks) * self.block_size)
         return blocks, len(blocks) * self.block_size
@@ -5690,50 +5852,59 @@ class PrefixCache:
         self._count(blocks_stored=stored, blocks_shared=shared, bytes_saved=saved)
         return stored
 
-    @contextlib.contextmanager
-    def _open(self, hashes: Sequence[str]) -> Iterator[list[tuple[memoryview, CacheEntry]]]:
-        """The leading run of these blocks, pinned and intact."""
-        pool = self.pool
-        token = next(pool._tokens)
-        opened = pool._open_path([encode_key(key) for key in hashes], token)
-        try:
-            intact = []
-            for view, entry, checksum in opened:
-                if self.verify and checksum and zlib.crc32(view) != checksum:
-                    pool.delete(entry.key)
-                    break
-                intact.append((view, entry))
-            yield intact
-        finally:
-            pool._close_path([view for view, _, _ in opened], token)
-
     # --- the KV of a model -------------------------------------------------------------------------------------------
 
-    def store(self, tokens: Any, kv: Any, priority: int = 0) -> int:
+    def store(
+        self,
+        tokens: Any,
+        kv: Any,
+        priority: int = 0,
+        *,
+        block_extra: Mapping[int, str] | Sequence[Mapping[int, str] | None] | None = None,
+        generated: bool = False,
+    ) -> int:
         """Store the KV of `tokens` in full blocks, as far as they are not there yet; returns how many were stored.
 
-        `kv` is a `DynamicCache` of transformers, with one row of tokens for each row of its batch, none of them padded;
-        or an array of numpy or torch of shape (layers, 2, heads, tokens, head size). It may hold more or fewer tokens:
-        what both have counts. UnsupportedError for layers that do not keep the KV of every token.
+        `kv` is a `DynamicCache` of transformers, with one row of tokens for each row of its batch, none of them padded
+        on the left; or an array of numpy or torch of shape (layers, 2, heads, tokens, head size). It may hold fewer
+        tokens. A `DynamicCache` that holds more is refused: the others may be virtual tokens in front.
+        `generated=True` says that they come after `tokens`. Arrays may hold more, but for `for_model`.
+        `block_extra` of a batch is a list, one for each row. UnsupportedError for layers that do not keep the KV of
+        every token.
         """
+        if not isinstance(generated, bool):
+            raise InvalidArgumentError(f"generated {_show(generated)} must be True or False")
         if hasattr(kv, "layers"):
             layers = _dense_layers(kv)
             num_rows = len(layers[0][0]) if layers else 0
             rows = list(tokens) if _is_batch(tokens) else [tokens]
+            extras = block_extra if isinstance(block_extra, (list, tuple)) else [block_extra]
+            if block_extra is None:
+                extras = [None] * len(rows)
             if layers and len(rows) != num_rows:
                 raise InvalidArgumentError(
                     f"{len(rows)} rows of tokens need a cache of that batch size, not {num_rows}"
                 )
+            if len(rows) != len(extras):
+                raise InvalidArgumentError(f"block_extra must be a list of {len(rows)}, one for each row of tokens")
             if not layers:
                 return 0
-            return sum(self._store_row(row, [(k[i], v[i]) for k, v in layers], priority) for i, row in enumerate(rows))
+            states = layers[0][0]
+            self._check_dtype(states.dtype)
+            paths = [
+                self._hashes_to_store(row, extra, states.shape[2], generated)
+                for row, extra in zip(rows, extras, strict=True)
+            ]
+            return sum(
+                self._store_row(path, [(k[i], v[i]) for k, v in layers], priority) for i, path in enumerate(paths)
+            )
         if getattr(kv, "ndim", 0) != 5 or kv.shape[1] != 2:
             shape = tuple(getattr(kv, "shape", ()))
             raise InvalidArgumentError(
                 f"kv of shape {shape} must be a DynamicCache or of (layers, 2, heads, tokens, head size)"
             )
         framework, dtype, shape, _ = tensor_parts(kv[:, :, :, : self.block_size])
-        hashes = self.compute_block_hashes(tokens)[: kv.shape[3] // self.block_size]
+        hashes = self._hashes_to_store(tokens, block_extra, kv.shape[3], generated or self._model is None)
         step = self.block_size
 
         def write(number: int, target: memoryview) -> None:
@@ -5742,11 +5913,26 @@ class PrefixCache:
         size = tensor_bytes(dtype, shape)
         return self._insert(hashes, [(size, dtype, shape, framework)] * len(hashes), write, priority)
 
-    def _store_row(self, tokens: Any, layers: list[tuple[Any, Any]], priority: int) -> int:
+    def _check_dtype(self, dtype: Any) -> None:
+        """UnsupportedError if the model that this cache looks at does not compute KV of this dtype."""
+
+    def _hashes_to_store(self, tokens: Any, block_extra: Any, length: int, may_be_longer: bool) -> list[str]:
+        """Return the hashes of the full blocks that a KV of `length` tokens holds, of these tokens."""
+        data = _token_bytes(tokens)
+        num_tokens = len(data) // 4
+        if length > num_tokens and not may_be_longer:
+            raise InvalidArgumentError(
+                f"kv of {length} tokens is longer than the {num_tokens} tokens: name all of them; or pass "
+                "generated=True if the others come after these (virtual tokens in front of them can't be stored)"
+            )
+        named = self._framed_texts(block_extra, num_tokens)
+        data = data[: 4 * length]
+        return self._chain(data, named, self._find_root(data, named, length, True))
+
+    def _store_row(self, hashes: list[str], layers: list[tuple[Any, Any]], priority: int) -> int:
         """Store the KV of one row: (keys, values) of each layer, of shape (heads, tokens, head size)."""
-        heads, num_tokens, head_size = layers[0][0].shape
+        heads, _, head_size = layers[0][0].shape
         step = self.block_size
-        hashes = self.compute_block_hashes(tokens)[: num_tokens // step]
         dtype = _TORCH_DTYPES[str(layers[0][0].dtype).removeprefix("torch.")]
         shape = (len(layers), 2, heads, step, head_size)
 
@@ -5759,19 +5945,28 @@ class PrefixCache:
         size = tensor_bytes(dtype, shape)
         return self._insert(hashes, [(size, dtype, shape, "transformers")] * len(hashes), write, priority)
 
-    def load(self, tokens: Any, batch_size: int = 1) -> tuple[Any, int]:
+    def load(
+        self,
+        tokens: Any,
+        batch_size: int = 1,
+        *,
+        block_extra: Mapping[int, str] | None = None,
+        length: int | None = None,
+    ) -> tuple[Any, int]:
         """(the KV of the longest cached prefix of `tokens`, how many tokens it covers); (None, 0) if there is none.
 
         It comes as what was stored: pass a `DynamicCache` to `generate(ids, past_key_values=kv)`. It is a fresh one for
         each call, for generate changes it; for `batch_size` prompts that begin with these tokens it is one copy.
         It never covers all of `tokens`: the model must see the last one to go on from it. Blocks of another dtype or
-        layer shape than the first end the run.
+        layer shape than the first end the run. `length`: see `compute_block_hashes`; of several prompts the longest.
         """
         check_int("batch_size", batch_size, 1)
         if _is_batch(tokens):
             raise InvalidArgumentError("tokens must be one row: load the prefix that the rows share, with batch_size")
-        hashes = self.compute_block_hashes(tokens)
-        with self._open(hashes) as opened:
+        if batch_size > 1 and length is None:
+            self._check_length_is_known()
+        hashes = self._find_hashes(tokens, block_extra, length)
+        with _OpenPath(self, hashes) as opened:
             kinds = [(entry.framework, entry.dtype, entry.shape) for _, entry in opened]
             usable = len(list(itertools.takewhile(lambda kind: kind == kinds[0], kinds))) if kinds else 0
             num_tokens = min(usable * self.block_size, len(tokens) - 1)
@@ -5784,12 +5979,26 @@ class PrefixCache:
             return _dynamic_cache(kv, batch_size), num_tokens
         return kv, num_tokens
 
-    def warm(self, prompts: Iterable[Any], compute: Callable[[Any], Any], priority: int = 0) -> int:
-        """Store the KV, `compute(tokens)`, of prompts that are not cached yet; returns how many were computed."""
+    def _check_length_is_known(self) -> None:
+        """UnsupportedError if the KV of a prefix depends on the length of the prompts that begin with it."""
+
+    def warm(
+        self,
+        prompts: Iterable[Any],
+        compute: Callable[[Any], Any],
+        priority: int = 0,
+        *,
+        block_extra: Callable[[Any], Mapping[int, str] | None] | Mapping[int, str] | None = None,
+    ) -> int:
+        """Store the KV, `compute(tokens)`, of prompts that are not cached yet; returns how many were computed.
+
+        `block_extra` is that of every prompt, or a function that is called with its tokens.
+        """
         computed = 0
         for tokens in prompts:
-            if self.match(tokens) < len(tokens) // self.block_size * self.block_size:
-                self.store(tokens, compute(tokens), priority)
+            extra = block_extra(tokens) if callable(block_extra) else block_extra
+            if self.match(tokens, block_extra=extra) < len(tokens) // self.block_size * self.block_size:
+                self.store(tokens, compute(tokens), priority, block_extra=extra)
                 computed += 1
         return computed
 
@@ -5806,6 +6015,338 @@ class PrefixCache:
         with self._lock:
             for name, change in changes.items():
                 self._counts[name] += change
+
+
+class _NotCacheableError(UnsupportedError):
+    """The KV of this prompt depends on what can't be told; that of other prompts of the model does not."""
+
+
+# Rope scaling that is the same for every length of prompt. Others are refused, but for dynamic NTK and longrope.
+_FIXED_ROPES = ("default", "linear", "yarn", "llama3", "proportional", "mrope", "axial")
+# Their `generate` computes a prompt anew when it grows beyond the original length: one set of longrope factors in all.
+_LONGROPE_MODELS = ("phi3", "phimoe", "phi4_multimodal")
+_ORIGINAL = "original_max_position_embeddings"
+_PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
+# What a config says of names, outputs and generation, not of KV. The dtype is that of the weights.
+_NOT_OF_KV = re.compile(
+    r"_name_or_path|transformers_version|architectures|auto_map|dtype|torch_dtype|use_cache|return_dict|output_\w+|"
+    r"id2label|label2id|problem_type|\w+_token_id|base_model_name_or_path|revision|inference_mode|peft_version"
+)
+_NUM_SAMPLES = 16  # values of each weight that are looked at, each time; the least that a merged adapter can't miss
+
+
+class _ModelPrefixCache(PrefixCache):
+    """The cache that `PrefixCache.for_model` returns: the state of its model is a part of every root."""
+
+    def __init__(self, pool: KVCachePool, model: Any, **made_of: Any) -> None:
+        super().__init__(pool, **made_of)
+        if not hasattr(model, "named_modules") or not hasattr(getattr(model, "config", None), "to_dict"):
+            raise InvalidArgumentError(f"model is a {type(model).__name__}, it must be a model of transformers or peft")
+        self._model = model
+        # Of each adapter weight, by its id: (it, its version, the sum of its bits, their digest).
+        self._digests: dict[int, tuple[weakref.ref[Any], int, int, bytes]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise UnsupportedError("a cache for_model can't be sent to another process: make it there, from its own model")
+
+    def _find_root(self, data: bytes, named: Mapping[int, bytes], length: int, stores: bool) -> bytes:
+        config = self._model.config.to_dict()
+        parts = list(_configs(config))
+        _check_causal(self._model, parts)
+        self._check_placeholders(data, named, parts)
+        digest = hashlib.sha256()
+        for name, limit, model_type in _ropes_by_length(parts):
+            is_beyond = length > limit
+            if name == "longrope":
+                if is_beyond and model_type not in _LONGROPE_MODELS:
+                    raise _NotCacheableError(
+                        f"longrope of {model_type}: the KV of {length} tokens can't be told from one that was begun "
+                        f"with other factors, at up to {limit} tokens: cache prompts of up to {limit} tokens"
+                    )
+                digest.update(_framed(b"longrope: long" if is_beyond else b"longrope: short"))
+            elif is_beyond or ((stores or length == limit) and _has_grown(self._model)):
+                raise _NotCacheableError(
+                    f"dynamic NTK rope: the KV of {length} tokens depends on how many the model has computed, for it "
+                    f"has gone beyond {limit}: cache prompts of up to {limit} tokens, before a longer one is computed"
+                )
+        texts = [json.dumps(_of_kv(config), sort_keys=True, default=_plain), _attention_of(self._model.config)]
+        for text in (*texts, self._autocast()[0]):
+            digest.update(_framed(text.encode()))
+        digest.update(self._weights_digest())
+        return self._root_with(digest.digest())
+
+    def _check_placeholders(self, data: bytes, named: Mapping[int, bytes], parts: Sequence[Mapping[str, Any]]) -> None:
+        """_NotCacheableError if a full block holds a placeholder of an image or a sound and has no text."""
+        holders = {
+            value: key
+            for part in parts
+            for key, value in part.items()
+            if _PLACEHOLDER.fullmatch(str(key)) and isinstance(value, int)
+        }
+        words = struct.unpack(f"<{len(data) // 4}I", data) if holders else ()
+        for at, token in enumerate(words[: len(words) // self.block_size * self.block_size]):
+            block = at // self.block_size
+            if token in holders and block not in named:
+                raise _NotCacheableError(
+                    f"block {block} holds token {token} ({holders[token]}), whose KV depends on more than tokens: name "
+                    f"the image or sound, as in block_extra={{{block}: digest}}"
+                )
+
+    def _check_length_is_known(self) -> None:
+        if _ropes_by_length(list(_configs(self._model.config.to_dict()))):
+            raise UnsupportedError(
+                "rope scaling of this model depends on the length of the prompt: pass that of the longest one that "
+                "begins with these tokens, as load(tokens, batch_size, length=...)"
+            )
+
+    def _check_dtype(self, dtype: Any) -> None:
+        text, computed = self._autocast()
+        dtypes = {tensor.dtype for tensor in self._model.parameters()}
+        if dtype not in dtypes and dtype != computed:
+            raise UnsupportedError(
+                f"kv of {dtype} is not of this model of {', '.join(sorted(map(str, dtypes)))}{text and ', ' + text}: "
+                "it was computed under autocast, or the model was converted since: compute it anew"
+            )
+
+    def _autocast(self) -> tuple[str, Any]:
+        """Return what autocast does to the model now, as text, and the dtype that it computes in, or None."""
+        torch = _library("torch")
+        device = next((tensor.device.type for tensor in self._model.parameters()), "cpu")
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return "", None
+        dtype = torch.get_autocast_dtype(device)
+        return f"autocast to {dtype}", dtype
+
+    def _weights_digest(self) -> bytes:
+        """Return a digest of all weights, adapters in use whole and others by a sample, and of the adapters' state."""
+        digest, sampled = hashlib.sha256(), []
+        configs: Mapping[str, Any] = {}
+        used: set[str] = set()
+        # (module, where it lies in the adapted layer around it or None, adapters of that layer that are not in use)
+        waiting: list[tuple[Any, tuple[str, ...] | None, frozenset[str]]] = [(self._model, None, frozenset())]
+        seen = set()
+        while waiting:
+            module, way, idle = waiting.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            _check_no_dropout(module)
+            found = vars(module).get("peft_config")
+            configs = found if isinstance(found, Mapping) else configs
+            if isinstance(getattr(type(module), "disable_adapters", None), property):  # an adapted layer of peft
+                merged = list(getattr(module, "merged_adapters", ()))
+                active = [] if module.disable_adapters else list(module.active_adapters)
+                way, idle = (), frozenset(configs) - {*active, *merged}
+                if active or merged:
+                    used.update(active, merged)
+                    scaling = getattr(module, "scaling", {})
+                    factors = {key: scaling[key] for key in active if key in scaling}
+                    text = f"{type(module).__name__} {active} {merged} {factors}"
+                    digest.update(_framed(text.encode()))
+            tensors = [*module._parameters.items()]
+            unsaved = module._non_persistent_buffers_set
+            # Other buffers that are not saved are made as the model goes, such as those of rope for a long prompt.
+            tensors += [(n, t) for n, t in module._buffers.items() if n not in unsaved or _is_rope(module, n)]
+            for name, tensor in tensors:
+                if tensor is None or _is_idle(way, name, idle):
+                    continue
+                if hasattr(tensor, "to_local"):  # a shard: other ranks need not take part, and hold other KV
+                    tensor = tensor.to_local()  # noqa: PLW2901
+                text = f"{tensor.dtype} {tuple(tensor.shape)}"
+                if way is None:
+                    digest.update(_framed(text.encode()))
+                    sampled.append(tensor)
+                else:
+                    digest.update(_framed(f"{'.'.join((*way, name))} {text}".encode()) + self._digest(tensor))
+            for name, child in module._modules.items():
+                if child is None or _is_idle(way, name, idle):
+                    continue
+                is_base = way == () and name in ("base_layer", "original_module")
+                waiting.append(
+                    (child, None if way is None or is_base else (*way, name), frozenset() if is_base else idle)
+                )
+        for name in sorted(used):
+            if name in configs:
+                digest.update(_framed(_adapter_text(name, configs[name]).encode()))
+        digest.update(_sample(sampled))
+        return digest.digest()
+
+    def _digest(self, tensor: Any) -> bytes:
+        """Return the digest of a tensor's bytes: kept for as long as its version and the sum of its bits stay.
+
+        The version alone misses what is written through `tensor.data`.
+        """
+        torch = _library("torch")
+        if tensor.device.type == "meta":
+            raise UnsupportedError("adapter weights on the device meta can't be read: load the adapter into memory")
+        bits = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+        is_aligned = not (bits.numel() | bits.storage_offset()) % 8
+        total = int((bits.view(torch.int64) if is_aligned else bits).sum())
+        version = -1 if tensor.is_inference() else tensor._version
+        key = id(tensor)
+        kept = self._digests.get(key)
+        if kept is not None and kept[0]() is tensor and kept[1:3] == (version, total):
+            return kept[3]
+        digest = hashlib.sha256(memoryview(bits.cpu().numpy())).digest()
+        kept_digests = self._digests
+        self._digests[key] = weakref.ref(tensor, lambda _: kept_digests.pop(key, None)), version, total, digest
+        return digest
+
+
+def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a config of transformers, as a dict, and all dicts inside it."""
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _configs(value)
+
+
+def _of_kv(config: Any) -> Any:
+    """Return a config without what says nothing of KV."""
+    if isinstance(config, Mapping):
+        return {str(key): _of_kv(value) for key, value in config.items() if not _NOT_OF_KV.fullmatch(str(key))}
+    return config
+
+
+def _plain(value: object) -> Any:
+    """Return what JSON takes for a value of a config that it does not take."""
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _ropes_by_length(parts: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, str]]:
+    """Return ("longrope" or "dynamic", its original length, model type) of each rope that depends on a prompt's length.
+
+    UnsupportedError for a kind of rope scaling that is not known. One config may have several, by type of layer.
+    """
+    found = []
+    for part in parts:
+        for rope in (part.get("rope_parameters"), part.get("rope_scaling")):
+            if not isinstance(rope, Mapping):
+                continue
+            for each in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+                name = str(each.get("rope_type", each.get("type", "default")))
+                lengths = [each.get(_ORIGINAL), part.get(_ORIGINAL), part.get("max_position_embeddings")]
+                known = [length for length in lengths if isinstance(length, int)]
+                if name in _FIXED_ROPES:
+                    continue
+                if not known or not ("dynamic" in name or name in ("longrope", "su")):
+                    raise UnsupportedError(
+                        f"rope scaling {_show(name)} is not known here: use PrefixCache without for_model, and name in "
+                        "extra what its KV depends on"
+                    )
+                is_dynamic = "dynamic" in name
+                kind, limit = ("dynamic", min(known)) if is_dynamic else ("longrope", known[0])
+                found.append((kind, limit, str(part.get("model_type"))))
+    return found
+
+
+def _has_grown(model: Any) -> bool:
+    """Return True if rope of dynamic NTK is now that of a prompt beyond its original length."""
+    for module in model.modules():
+        limit = getattr(module, "original_max_seq_len", None)
+        lengths = [value for name, value in vars(module).items() if name.endswith("max_seq_len_cached")]
+        if limit is not None and any(int(length) > int(limit) for length in lengths):
+            return True
+    return False
+
+
+def _check_causal(model: Any, parts: Iterable[Mapping[str, Any]]) -> None:
+    """UnsupportedError if KV depends on what comes after its token, or on virtual tokens in front."""
+    for part in parts:
+        both = part.get("use_bidirectional_attention") in (True, "all") or part.get("model_type") == "paligemma"
+        if both or part.get("is_encoder_decoder") is True:
+            raise UnsupportedError(
+                f"KV of a {part.get('model_type')} model depends on more than the tokens so far (an encoder, or "
+                "attention in both directions): it can't be cached by prefix"
+            )
+    adapters, name = getattr(model, "peft_config", None), getattr(model, "active_adapter", None)
+    adapter = adapters.get(name) if isinstance(adapters, Mapping) and isinstance(name, str) else None
+    if getattr(adapter, "is_prompt_learning", False) and not getattr(model, "_adapters_disabled", False):
+        raise UnsupportedError(
+            f"adapter {_show(name)} puts virtual tokens before the prompt, so its KV can't be cached by prefix: "
+            "disable it, or use PrefixCache without for_model and count them as tokens"
+        )
+
+
+def _check_no_dropout(module: Any) -> None:
+    """UnsupportedError if the module drops values at random."""
+    if not module.training:
+        return
+    told = vars(module)  # not getattr: a module takes long to say that it has no such attribute
+    rates = told.get("attention_dropout"), told.get("p") if "Dropout" in type(module).__name__ else 0
+    if any(isinstance(rate, float) and rate > 0 for rate in rates):
+        raise UnsupportedError("the model is in training mode, with dropout: its KV is random; call model.eval() first")
+
+
+def _adapter_text(name: str, config: Any) -> str:
+    """Return an adapter's name and config; UnsupportedError if its effect on KV depends on more than tokens so far."""
+    told = config.to_dict()
+    kind = str(getattr(told.get("peft_type"), "value", told.get("peft_type")))
+    if kind in ("XLORA", "POLY") or told.get("alora_invocation_tokens"):
+        raise UnsupportedError(f"adapter {_show(name)} of kind {kind} goes by the whole prompt or by tasks: disable it")
+    return f"{name} {json.dumps(_of_kv(told), sort_keys=True, default=_plain)}"
+
+
+def _attention_of(config: Any) -> str:
+    """Return the attention implementations of a config and those inside it."""
+    inside = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return str([getattr(each, "_attn_implementation", None) for each in (config, *inside)])
+
+
+def _is_rope(module: Any, name: str) -> bool:
+    """Return True for a buffer of rope frequencies that is the same whatever the model has computed."""
+    kinds = getattr(module, "rope_type", "")
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    changes = any("dynamic" in str(kind) or kind == "longrope" for kind in kinds)
+    return name.endswith("inv_freq") and (not changes or "original" in name)
+
+
+def _is_idle(way: tuple[str, ...] | None, name: str, idle: frozenset[str]) -> bool:
+    """Return True for a part of an adapted layer that belongs to an adapter not in use: lora_A.NAME, say."""
+    return way is not None and len(way) == 1 and name in idle
+
+
+def _sample(tensors: Iterable[Any]) -> bytes:
+    """Return some bytes of each of these tensors, evenly spread; nothing of those that can't be read."""
+    torch = _library("torch")
+    pieces: dict[Any, list[Any]] = {}
+    for tensor in tensors:
+        if tensor.numel() and tensor.device.type != "meta":
+            with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):  # a packed kind of its own
+                flat = tensor.detach().reshape(-1)[:: -(-tensor.numel() // _NUM_SAMPLES)]
+                pieces.setdefault(tensor.device, []).append(flat.contiguous().view(torch.uint8))
+    return b"".join(bytes(memoryview(torch.cat(each).cpu().numpy())) for each in pieces.values())
+
+
+class _OpenPath:
+    """Context manager that gives the leading run of blocks, pinned and intact: (view, entry) of each.
+
+    A class, for a generator that an exception passes through keeps its frames, and so its views, in a cycle.
+    """
+
+    def __init__(self, cache: PrefixCache, hashes: Sequence[str]) -> None:
+        self.pool, self.verify = cache.pool, cache.verify
+        self.keys = [encode_key(key) for key in hashes]
+        self.token = next(self.pool._tokens)
+        self.views: list[memoryview] = []
+
+    def __enter__(self) -> list[tuple[memoryview, CacheEntry]]:
+        opened = self.pool._open_path(self.keys, self.token)
+        self.views = [view for view, _, _ in opened]
+        intact = []
+        try:
+            for view, entry, checksum in opened:
+                if self.verify and checksum and zlib.crc32(view) != checksum:
+                    self.pool.delete(entry.key)
+                    break
+                intact.append((view, entry))
+        except BaseException:
+            self.__exit__()
+            raise
+        return intact
+
+    def __exit__(self, *_: object) -> None:
+        self.pool._close_path(self.views, self.token)
 
 
 def _is_batch(tokens: Any) -> bool:
@@ -5850,7 +6391,7 @@ def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tup
         joined = room[skip : skip + size].view(blocks[0].dtype).reshape(whole)
     else:
         torch = _library("torch")
-        joined = torch.empty(whole, dtype=blocks[0].dtype)
+        joined = torch.empty(whole, dtype=blocks[0].dtype, device="cpu")  # whatever the default device
     for number, block in enumerate(blocks):
         at = number * shape[3]
         end = min(at + shape[3], num_tokens)
@@ -5869,7 +6410,7 @@ def _dense_layers(cache: Any) -> list[tuple[Any, Any]]:
                 "as they are (sliding window, linear attention, quantized, static): it can't be cached in blocks"
             )
         if layer.is_initialized and layer.get_seq_length():
-            layers.append((layer.keys, layer.values))
+            layers.append((layer.keys.detach(), layer.values.detach()))
     shapes = {(tuple(states.shape), states.dtype) for layer in layers for states in layer}
     if len(shapes) > 1 or (layers and len(layers) != len(cache.layers)):
         raise UnsupportedError(f"the layers differ in shape or dtype, or some are empty: {sorted(map(str, shapes))}")
@@ -6053,8 +6594,10 @@ def replay(
     `policy` may be "optimum" (Belady's) or have weights, "adaptive:0.4/0.3/0.3" for recency, frequency and size. What
     a request names takes one block, or as many as `blocks` says; then the optimum is not one, only good.
 
-    On a trace, what a request has just stored may be the first to go. `as_pool`, for recordings: it stays as long as it
-    can, as in a pool, and a request of one block is a `get`, which fifo does not count.
+    On a trace, what a request has just stored may be the first to go, and ADAPTIVE is told that the last block of a
+    request ends a prompt: traces count the partial last block, which is seldom used again. `as_pool`, for recordings:
+    it stays as long as it can, as in a pool, a request of one block is a `get`, which fifo does not count, and no block
+    ends a prompt, for `PrefixCache` stores full blocks only.
     """
     capacity = check_int("capacity", capacity, 1)
     requests = list(requests)
@@ -6089,7 +6632,7 @@ def replay(
             if not new:
                 order.touch_locked(slot)
         else:
-            order.touch_path_locked(path, new, ends_prompt=True)
+            order.touch_path_locked(path, new, ends_prompt=not as_pool)
         victims: list[int] = []
         kept = set(path) if as_pool else set()
         for slot in order.victims_locked() if used > capacity else ():

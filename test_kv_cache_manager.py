@@ -3939,8 +3939,8 @@ class TestEnding:
             pool.put("old", b"value")
             with worker(
                 "pool = KVCachePool.attach('pool')",
-                "pool._count_all = kv._locked(lambda self: (say(), wait()))",
-                "pool._count_all(pool)",
+                "hold = kv._locked(lambda pool: (say(), wait()))",
+                "hold(pool)",
             ) as stopped:
                 assert hear(stopped) == "ready"
                 with self.ending("began.set()\npool.get_stats()") as process:
@@ -5012,6 +5012,12 @@ def torch_bytes(tensor: Any) -> bytes:
     return bytes(torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).flatten().view(torch.uint8).tolist())
 
 
+def deny(path: Any, name: str) -> None:
+    """Fail as the kernel does for who may not see a file."""
+    if isinstance(path, str) and os.path.basename(path) == name:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+
 def make_prefix_cache(pool: KVCachePool, **changes: Any) -> kv.PrefixCache:
     return kv.PrefixCache(pool, **{"namespace": "model", "block_size": 4, **changes})
 
@@ -5029,9 +5035,97 @@ class TestPrefixCache:
     TOKENS = tuple(range(100, 122))  # five blocks of 4 and a rest
 
     def test_hashes_match_the_documented_vectors(self) -> None:
-        hashes = kv.PrefixCache(make_pool(), namespace="m", block_size=2).compute_block_hashes([1, 2, 3, 4, 5])
-        assert len(hashes) == 2
-        assert all(one in (kv.PrefixCache.__doc__ or "") for one in hashes)
+        pool, tokens = make_pool(), [1, 2, 3, 4, 5]
+        hashes = kv.PrefixCache(pool, namespace="m", block_size=2).compute_block_hashes(tokens)
+        ranked = kv.PrefixCache(pool, namespace="m", block_size=2, extra="tp 0 of 2")
+        more = ranked.compute_block_hashes(tokens, block_extra={1: "image"})
+        words = (kv.PrefixCache.__doc__ or "").split()
+        assert [word for word in words if len(word) == 64] == hashes + more
+
+        def frame(text: bytes) -> bytes:
+            return struct.pack("<Q", len(text)) + text
+
+        root = frame(b"cortex-prefix-1") + frame(b"m") + frame(b"") + struct.pack("<Q", 2) + frame(frame(b"tp 0 of 2"))
+        parent = hashlib.sha256(root).digest()
+        for block in (struct.pack("<2I", 1, 2), struct.pack("<2I", 3, 4) + frame(b"image")):
+            parent = hashlib.sha256(parent + block).digest()
+            assert more.pop(0) == parent.hex()
+
+    def test_what_else_the_kv_depends_on_is_never_confused(self) -> None:
+        with make_pool() as pool:
+            seen = set()
+            variants: list[dict[str, Any]] = [
+                {}, {"extra": "ab"}, {"extra": ("a", "b")}, {"extra": ["b", "a"]}, {"extra": "a"}, {"salt": "a"},
+                {"salt": "ab"}, {"extra": "a", "salt": "b"}, {"namespace": "modela"}, {"namespace": "modelab"},
+            ]  # fmt: skip
+            for changes in variants:
+                for named in (None, {0: "a"}, {0: "b"}, {1: "a"}, {0: "a", 1: "b"}, {0: "ab"}, {0: "b", 1: "a"}):
+                    cache = make_prefix_cache(pool, **changes)
+                    seen.add(cache.compute_block_hashes(self.TOKENS, block_extra=named)[-1])
+            assert len(seen) == len(variants) * 7
+            plain = make_prefix_cache(pool).compute_block_hashes(self.TOKENS)
+            for nothing in ("", [], ()):
+                assert make_prefix_cache(pool, extra=nothing).compute_block_hashes(self.TOKENS) == plain
+            cache = make_prefix_cache(pool)
+            assert cache.compute_block_hashes(self.TOKENS, block_extra={}) == plain
+            assert cache.compute_block_hashes(self.TOKENS, block_extra={5: "in the partial last block"}) == plain
+            assert cache.compute_block_hashes(self.TOKENS, block_extra={3: "x"})[:3] == plain[:3]
+            assert make_prefix_cache(pool, extra=["a"]).compute_block_hashes(self.TOKENS) == make_prefix_cache(
+                pool, extra="a"
+            ).compute_block_hashes(self.TOKENS)
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            {-1: "x"},
+            {6: "x"},
+            {True: "x"},
+            {0.0: "x"},
+            {"0": "x"},
+            {0: ""},
+            {0: b"x"},
+            {0: "a\nb"},
+            {0: "\ud800"},
+            ["x"],
+            "x",
+        ],
+        ids=repr,
+    )
+    def test_bad_block_extra(self, bad: Any) -> None:
+        pytest.importorskip("numpy")
+        with make_pool() as pool:
+            cache = make_prefix_cache(pool)
+            for call in (cache.compute_block_hashes, cache.match, cache.load):
+                with pytest.raises(kv.InvalidArgumentError, match="block_extra"):
+                    call(self.TOKENS, block_extra=bad)
+            with pytest.raises(kv.InvalidArgumentError, match="block_extra"):
+                cache.store(self.TOKENS, make_kv(self.TOKENS), block_extra=bad)
+            assert len(pool) == 0
+
+    def test_blocks_with_a_text_are_stored_loaded_and_warmed(self) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool:
+            cache = make_prefix_cache(pool, extra=["adapter", "tp 0 of 2"])
+            red, blue = {1: "red"}, {1: "blue"}
+            assert cache.store(self.TOKENS, make_kv(self.TOKENS), block_extra=red) == 5
+            assert [cache.load(self.TOKENS, block_extra=named)[1] for named in (red, blue, None)] == [20, 4, 4]
+            assert [cache.match(self.TOKENS, block_extra=named) for named in (red, blue)] == [20, 4]
+            assert cache.warm([self.TOKENS], make_kv, block_extra=red) == 0
+            assert cache.warm([self.TOKENS], make_kv, block_extra=lambda tokens: {0: str(len(tokens))}) == 1
+            assert cache.match(self.TOKENS, block_extra={0: "22"}) == 20
+            assert make_prefix_cache(pool, extra="adapter").match(self.TOKENS) == 0
+            import pickle
+
+            copy = pickle.loads(pickle.dumps(cache))
+            assert copy.match(self.TOKENS, block_extra=red) == 20
+            copy.pool.close()
+            for length in (21, "x", True):
+                with pytest.raises(kv.InvalidArgumentError, match="length"):
+                    cache.load(self.TOKENS, length=length)
+            with pytest.raises(kv.InvalidArgumentError, match="generated"):
+                cache.store(self.TOKENS, make_kv(self.TOKENS), generated="yes")
+            with pytest.raises(kv.InvalidArgumentError, match="model of transformers"):
+                kv.PrefixCache.for_model(pool, "model", namespace="m")
 
     def test_a_hash_covers_everything_before_it(self) -> None:
         numpy = pytest.importorskip("numpy")
@@ -5066,6 +5160,13 @@ class TestPrefixCache:
                 {"namespace": "\ud800"},
                 {"salt": 1},
                 {"block_size": 0},
+                {"extra": 0},
+                {"extra": b"x"},
+                {"extra": ["a", ""]},
+                {"extra": ["a", 1]},
+                {"extra": {"a"}},
+                {"extra": "\n"},
+                {"extra": None},
             ):
                 with pytest.raises(CacheError):
                     make_prefix_cache(pool, **bad)
@@ -5236,6 +5337,73 @@ class TestPrefixCache:
             with pytest.raises(CacheError):
                 kv.model_fingerprint(bad)
 
+    def test_fingerprints_follow_symlinked_directories(self, tmp_path: Path) -> None:
+        fingerprints = set()
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            (tmp_path / f"real-{name}").mkdir()
+            (tmp_path / name / "config.json").write_text("{}")
+            (tmp_path / f"real-{name}" / "adapter.bin").write_text(name)
+            (tmp_path / name / "adapter").symlink_to(f"../real-{name}")
+            fingerprints.add(kv.model_fingerprint(tmp_path / name))
+        assert len(fingerprints) == 2
+        plain = tmp_path / "plain"  # the same names and contents without the symlink
+        (plain / "adapter").mkdir(parents=True)
+        (plain / "config.json").write_text("{}")
+        (plain / "adapter" / "adapter.bin").write_text("a")
+        assert kv.model_fingerprint(plain) == kv.model_fingerprint(tmp_path / "a")
+        assert kv.model_fingerprint(plain) == "69bb5f2df67b658e4c7dbe64c19a0b9a", "as it always was"
+        (tmp_path / "b" / ".cache").mkdir()
+        (tmp_path / "b" / ".cache" / "weights").write_text("x")
+        before = kv.model_fingerprint(tmp_path / "b")
+        (tmp_path / "b" / "cache").symlink_to(".cache")  # hidden is what the name in the model says
+        assert kv.model_fingerprint(tmp_path / "b") != before
+        (tmp_path / "b" / "again").symlink_to("cache/weights")  # a file counts once for each of its names
+        assert kv.model_fingerprint(tmp_path / "b") not in (before, *fingerprints)
+
+    def test_loops_and_what_is_no_file_add_nothing_to_a_fingerprint(self, tmp_path: Path) -> None:
+        model = tmp_path / "around" / "model"
+        (model / "inner").mkdir(parents=True)
+        (model / "inner" / "weights").write_text("x")
+        before = kv.model_fingerprint(model)
+        (model / "itself").symlink_to(".")
+        (model / "inner" / "up").symlink_to("..")
+        (model / "inner" / "top").symlink_to(model)
+        (model / "round").symlink_to("round")
+        (model / "nowhere").symlink_to("gone")
+        (model / "no-directory").symlink_to("inner/weights/x")
+        (model / "around").symlink_to("..")  # it holds nothing but the model
+        os.mkfifo(model / "pipe")
+        assert kv.model_fingerprint(model) == before
+        (tmp_path / "around" / ".hidden").write_text("x")
+        assert kv.model_fingerprint(model) == before
+        (tmp_path / "around" / "other").mkdir()
+        (tmp_path / "around" / "other" / "weights").write_text("x")
+        with pytest.raises(kv.InvalidArgumentError, match=r"symlink '.*/model/around' .*remove the symlink"):
+            kv.model_fingerprint(model)
+
+    def test_fingerprints_take_any_file_name(self, tmp_path: Path) -> None:
+        seen = set()
+        for name in (b"\xff.bin", b"\xfe.bin", "\u00ff.bin".encode(), b"a\nb", b"a", b" "):
+            (directory := tmp_path / f"model-{len(seen)}").mkdir()
+            with open(os.path.join(os.fsencode(directory), name), "wb") as file:
+                file.write(b"x")
+            seen.add(kv.model_fingerprint(directory))
+            seen.add(kv.model_fingerprint(os.path.join(directory, os.fsdecode(name))))
+        assert len(seen) == 6 + 6 - 6  # a directory of one file counts as that file
+
+    def test_a_file_that_cannot_be_read_is_no_fingerprint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "weights").write_text("x")
+        (tmp_path / "inner").mkdir()
+        for name in ("weights", "inner"):
+            with monkeypatch.context() as patch:
+                stat_of = os.stat
+                patch.setattr(os, "stat", lambda path, *a, n=name, f=stat_of, **k: deny(path, n) or f(path, *a, **k))
+                with pytest.raises(kv.StorageError, match="read the model"):
+                    kv.model_fingerprint(tmp_path)
+
     def test_verify_holds_after_persist_and_restore(self, tmp_path: Path) -> None:
         pytest.importorskip("numpy")
         with make_pool(64) as pool:
@@ -5290,6 +5458,84 @@ class TestPrefixCache:
             monkeypatch.setitem(sys.modules, "torch", None)
             with pytest.raises(kv.UnsupportedError, match=r"needs torch.*kv-cache-manager\[torch\]"):
                 pool.get_tensor("k", framework="torch")
+
+    def test_the_default_device_moves_nothing(self) -> None:
+        torch = torch_or_skip()
+        states = torch.arange(2 * 2 * 3 * 8 * 5, dtype=torch.bfloat16).reshape(2, 2, 3, 8, 5)
+        with make_pool(64) as pool:
+            cache = make_prefix_cache(pool)
+            hashes = cache.compute_block_hashes(self.TOKENS[:8])
+
+            def use() -> None:
+                assert cache.store(self.TOKENS[:8], states) == 2
+                assert pool.put_tensor("empty", torch.zeros(0, 3, device="cpu"))
+                assert pool.put_tensor("full", torch.ones(2, device="cpu"))
+                with pool.view_tensor("full") as seen:
+                    found = [seen.clone()]
+                found += [pool.get_tensor("empty"), pool.get_tensor("full"), *cache.lookup(hashes)[0]]
+                loaded, num_tokens = cache.load(self.TOKENS[:9])
+                assert (num_tokens, loaded.device.type) == (8, "cpu")
+                assert all(tensor.device.type == "cpu" for tensor in found)
+                assert torch.equal(loaded, states)
+                assert found[0].tolist() == [1, 1]
+
+            before = torch.get_default_device(), torch.get_default_dtype()
+            try:
+                for device, dtype in (("meta", torch.float64), ("cpu", torch.float16)):
+                    torch.set_default_device(device)
+                    torch.set_default_dtype(dtype)
+                    use()
+                    pool.clear()
+            finally:
+                torch.set_default_device(before[0] if before[0].type != "cpu" else None)
+                torch.set_default_dtype(before[1])
+            for around in (torch.device("meta"), torch.inference_mode(), torch.no_grad()):
+                with around:
+                    use()
+                pool.clear()
+            assert_sound(pool)
+
+    def test_an_error_inside_a_load_leaves_no_pin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool:
+            cache = make_prefix_cache(pool, verify=True)
+            cache.store(self.TOKENS, make_kv(self.TOKENS))
+            for where in ("_join_blocks", "zlib"):
+                with monkeypatch.context() as patch, pytest.raises((TypeError, AttributeError)):
+                    patch.setattr(kv, where, None)
+                    cache.load(self.TOKENS)
+                assert pool.get_stats()["pinned_entries"] == 0
+            assert cache.load(self.TOKENS)[1] == 20
+            assert_sound(pool)
+
+    def test_an_error_inside_a_lookup_leaves_no_cycle(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Python 3.12 and later: frames that an exception passes through in a generator keep each other."""
+        import gc
+        import weakref
+
+        class Canary:
+            pass
+
+        left: list[Any] = []
+
+        def fail(view: memoryview, entry: CacheEntry) -> None:
+            canary = Canary()
+            left.append(weakref.ref(canary))
+            raise ValueError
+
+        with make_pool() as pool:
+            cache = make_prefix_cache(pool)
+            hashes = cache.compute_block_hashes(self.TOKENS)
+            cache.insert(hashes, [b"x"] * len(hashes))
+            monkeypatch.setattr(kv, "_copy_block", fail)
+            gc.disable()
+            try:
+                cache.lookup(hashes)
+            except ValueError:
+                pass
+            finally:
+                gc.enable()
+            assert left[0]() is None
 
     def test_masked_arrays_are_refused(self) -> None:
         numpy = pytest.importorskip("numpy")
@@ -5356,7 +5602,12 @@ class TestTransformers:
             cache = kv.PrefixCache(pool, namespace=f"tiny/{dtype}")
             shared = min(cached, 80) if batch > 1 else cached
             if shared:
-                cache.store(ids[0, :shared], generate(model, ids[:1], count=1).past_key_values)
+                past = generate(model, ids[:1], count=1).past_key_values
+                if past.get_seq_length() > shared:
+                    with pytest.raises(CacheError, match="generated=True"):
+                        cache.store(ids[0, :shared], past)
+                    assert len(pool) == 0
+                cache.store(ids[0, :shared], past, generated=True)
             tokens = ids[0] if batch == 1 else ids[0, :81]
             loaded, num_tokens = cache.load(tokens, batch_size=batch)
             assert num_tokens == min(shared // 16 * 16, len(tokens) - 1)
@@ -5401,6 +5652,33 @@ class TestTransformers:
             with pytest.raises(CacheError, match="one row"):
                 cache.load(ids)
 
+    def test_a_batch_is_stored_whole_or_not_at_all(self, tiny_models: Any) -> None:
+        import torch
+
+        model = tiny_models["float32"]
+        ids = torch.randint(1, 97, (2, 32), generator=torch.Generator().manual_seed(3))
+        with make_pool(256) as pool:
+            cache = kv.PrefixCache(pool, namespace="tiny")
+            past = model(ids, use_cache=True).past_key_values  # it holds gradients, too
+            good = ids[0].tolist()
+            for rows, extras in (
+                ([good, [-1] * 32], None),
+                ([good, good[:20]], None),
+                ([good, good], [{0: "x"}, {9: "x"}]),
+                ([good, good], [{0: "x"}]),
+                ([good, good], {0: "x"}),
+            ):
+                with pytest.raises(kv.InvalidArgumentError):
+                    cache.store(rows, past, block_extra=extras)
+                assert len(pool) == 0
+            assert cache.store(ids, past, block_extra=[{0: "red"}, None]) == 4
+            assert [cache.match(ids[0]), cache.match(ids[0], block_extra={0: "red"}), cache.match(ids[1])] == [
+                0,
+                32,
+                32,
+            ]
+            assert cache.store([good, good[:20]], past, generated=True) == 2
+
     def test_after_eviction_persist_and_restore_in_a_new_process(self, tiny_models: Any, tmp_path: Path) -> None:
         import torch
 
@@ -5409,7 +5687,7 @@ class TestTransformers:
         cold = generate(model, ids)
         with make_pool(256) as pool:
             cache = kv.PrefixCache(pool, namespace="tiny")
-            cache.store(ids[0], cold.past_key_values)
+            cache.store(ids[0], cold.past_key_values, generated=True)
             pool.persist(tmp_path / "file")
             pool.delete(cache.compute_block_hashes(ids[0])[3])  # the middle of the chain
             loaded, num_tokens = cache.load(ids[0])
@@ -5459,6 +5737,330 @@ class TestTransformers:
         assert done.returncode == 0, done.stderr[-2000:]
         assert f"{reused} tokens reused" in done.stdout
         assert "the 32 tokens are equal" in done.stdout
+
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 48.0, 64.0],
+    "original_max_position_embeddings": 40,
+}
+
+
+def make_model(kind: str = "Llama", **changes: Any) -> Any:
+    """A model with random weights, equal each time, whose attention tells tokens apart."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: model tests are left out")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: model tests are left out")
+    transformers.utils.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    config = getattr(transformers, kind + "Config")(**{**SIZES, "pad_token_id": 0, "eos_token_id": None, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            torch.nn.init.normal_(weight, 0, 0.35)
+    return model
+
+
+def make_phi() -> Any:
+    return make_model("Phi3", sliding_window=None, rope_parameters=dict(LONGROPE), original_max_position_embeddings=40)
+
+
+def with_lora(model: Any, seed: int = 0, **changes: Any) -> Any:
+    peft = pytest.importorskip("peft", reason="peft is not installed: tests with adapters are left out")
+    import torch
+
+    torch.manual_seed(seed)
+    settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["k_proj", "v_proj"], "init_lora_weights": False}
+    return peft.get_peft_model(model, peft.LoraConfig(**{**settings, **changes})).eval()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, which calls what transformers deprecates
+class TestForModel:
+    """What a model's KV depends on beside weights and tokens: found again as it was, a miss otherwise."""
+
+    TOKENS = tuple(range(5, 75))
+
+    def compute(self, model: Any, tokens: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return model(torch.tensor([list(tokens)]), use_cache=True).past_key_values
+
+    def fill(self, cache: kv.PrefixCache, tokens: Any) -> int:
+        return cache.store(tokens, self.compute(cache._model, tokens))
+
+    def cache_for(self, pool: KVCachePool, model: Any, **changes: Any) -> kv.PrefixCache:
+        return kv.PrefixCache.for_model(pool, model, **{"namespace": "m", **changes})
+
+    def test_a_model_that_stays_as_it_is_finds_its_kv(self) -> None:
+        import torch
+
+        model = make_model()
+        with make_pool(256) as pool:
+            cache = self.cache_for(pool, model)
+            assert self.fill(cache, self.TOKENS) == 4
+            loaded, num_tokens = cache.load(self.TOKENS)
+            assert num_tokens == 64
+            assert torch.equal(loaded.layers[1].keys, self.compute(model, self.TOKENS).layers[1].keys[:, :, :64])
+            same = "pool = KVCachePool.attach('pool')", "cache = TestForModel().cache_for(pool, make_model())"
+            found = f"print(cache.match({self.TOKENS}))"
+            environment = {**os.environ, "PYTHONPATH": str(Path(MODULE).parent), "PYTHONHASHSEED": "1"}
+            code = "\n".join(["from test_kv_cache_manager import *", *same, found])
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, env=environment, check=True, text=True
+            )
+            assert done.stdout == "64\n"
+            for other in ({"namespace": "n"}, {"salt": "s"}, {"extra": "x"}):
+                assert self.cache_for(pool, model, **other).match(self.TOKENS) == 0
+            assert kv.PrefixCache(pool, namespace="m").match(self.TOKENS) == 0
+            hashes = cache.compute_block_hashes(self.TOKENS)
+            assert cache.lookup(hashes)[1] == 64
+            assert cache.get_stats()["blocks"] == 4
+            import pickle
+
+            with pytest.raises(kv.UnsupportedError, match="make it there"):
+                pickle.dumps(cache)
+
+    def test_weights_dtype_config_and_autocast_are_told_apart(self) -> None:
+        import torch
+
+        with make_pool(256) as pool:
+            model = make_model()
+            cache = self.cache_for(pool, model)
+            old = self.compute(model, self.TOKENS)
+            cache.store(self.TOKENS, old)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert cache.match(self.TOKENS) == 0
+            model.config.rope_parameters["rope_theta"] = 500.0
+            assert cache.match(self.TOKENS) == 0
+            model.config.rope_parameters["rope_theta"] = 10000.0
+            model.set_attn_implementation("eager")
+            assert cache.match(self.TOKENS) == 0
+            model.set_attn_implementation("sdpa")
+            assert cache.match(self.TOKENS) == 64
+            model.model.rotary_emb.inv_freq.mul_(0.5)
+            assert cache.match(self.TOKENS) == 0
+            model.model.rotary_emb.inv_freq.mul_(2)
+            assert cache.match(self.TOKENS) == 64
+            model.half()
+            assert cache.load(self.TOKENS) == (None, 0)
+            with pytest.raises(kv.UnsupportedError, match="converted since"):
+                cache.store(self.TOKENS, old)
+            other = make_model()
+            other.model.layers[1].self_attn.k_proj.weight.data.mul_(1.01)
+            assert self.cache_for(pool, other).match(self.TOKENS) == 0
+
+    def test_longrope_goes_by_the_length_of_the_prompt(self) -> None:
+        model = make_phi()
+        for first, then in ((70, 34), (34, 70), (41, 40), (40, 41)):
+            with make_pool(256) as pool:
+                cache = self.cache_for(pool, model)
+                self.fill(cache, self.TOKENS[:first])
+                assert cache.load(self.TOKENS[:then]) == (None, 0)
+                assert cache.match(self.TOKENS[:first]) == first // 16 * 16
+                assert cache.match(self.TOKENS[:16], length=first) == 16
+                assert cache.load(self.TOKENS[:17], 3, length=first)[1] == 16
+                assert cache.load(self.TOKENS[:17], 3, length=100 - first)[1] == (16 if first == 41 else 0)
+                with pytest.raises(kv.UnsupportedError, match="length="):
+                    cache.load(self.TOKENS[:17], 3)
+
+    def test_generate_across_the_original_length_of_longrope(self) -> None:
+        import torch
+
+        model = make_phi()
+        result = generate(model, torch.tensor([self.TOKENS[:34]]), count=20)
+        sequence = result.sequences[0]
+        with make_pool(256) as pool:
+            cache = self.cache_for(pool, model)
+            cache.store(self.TOKENS[:34], result.past_key_values, generated=True)  # it was computed anew on the way
+            assert cache.match(self.TOKENS[:34]) == 0
+            cache.store(sequence, result.past_key_values)
+            loaded, num_tokens = cache.load(sequence)
+            assert num_tokens == 48
+            fresh = self.compute(model, sequence.tolist())
+            assert torch.allclose(loaded.layers[1].keys, fresh.layers[1].keys[:, :, :48], atol=1e-4)
+        llama = make_model(rope_parameters=dict(LONGROPE))  # its generate goes on with other factors
+        with make_pool(256) as pool:
+            cache = self.cache_for(pool, llama)
+            result = generate(llama, torch.tensor([self.TOKENS[:34]]), count=20)
+            with pytest.raises(kv.UnsupportedError, match="longrope"):
+                cache.store(result.sequences[0], result.past_key_values)
+            assert cache.match(self.TOKENS) == 0
+            assert self.fill(cache, self.TOKENS[:34]) == 2
+
+    def test_rows_of_one_batch_have_the_longrope_of_the_longest(self) -> None:
+        import torch
+
+        model = make_phi()
+        rows = [list(self.TOKENS), list(self.TOKENS[::-1][:34])]
+        with make_pool(256) as pool, torch.no_grad():
+            cache = self.cache_for(pool, model)
+            past = model(torch.tensor([rows[0], rows[1] + [0] * 36]), use_cache=True).past_key_values
+            with pytest.raises(CacheError, match="longer"):
+                cache.store(rows, past)
+            assert len(pool) == 0
+            assert cache.store(rows, past, generated=True) == 4 + 2
+            assert cache.load(rows[1]) == (None, 0)
+            loaded, num_tokens = cache.load(rows[1], length=70)
+            assert num_tokens == 32
+            assert torch.allclose(loaded.layers[1].keys, past.layers[1].keys[1:, :, :32])
+
+    def test_dynamic_ntk_is_refused_beyond_its_original_length(self) -> None:
+        rope = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}
+        model = make_model(max_position_embeddings=32, rope_parameters=rope)
+        with make_pool(256) as pool:
+            cache = self.cache_for(pool, model)
+            assert self.fill(cache, self.TOKENS[:20]) == 1
+            assert self.fill(cache, self.TOKENS[:32]) == 1
+            assert cache.load(self.TOKENS[:32])[1] == 31
+            assert cache.load(self.TOKENS) == (None, 0)
+            assert cache.match(self.TOKENS) == 0
+            short = self.compute(model, self.TOKENS[:20])
+            with pytest.raises(kv.UnsupportedError, match="dynamic NTK"):
+                self.fill(cache, self.TOKENS)  # from here on the model's frequencies are those of 70 tokens
+            with pytest.raises(kv.UnsupportedError, match="dynamic NTK"):
+                cache.store(self.TOKENS[:20], short)
+            with pytest.raises(kv.UnsupportedError, match="dynamic NTK"):
+                cache.compute_block_hashes(self.TOKENS)
+            assert cache.load(self.TOKENS[:32]) == (None, 0), "a prompt of just 32 tokens goes on with them"
+            assert cache.load(self.TOKENS[:31])[1] == 16
+            self.compute(model, self.TOKENS[:20])
+            assert cache.load(self.TOKENS[:32])[1] == 31
+            assert len(pool) == 2
+
+    def test_configs_that_lie_inside_others(self) -> None:
+        long = dict(LONGROPE)
+        dynamic = {"type": "dynamic", "factor": 2.0}
+        inner = {"model_type": "x", "max_position_embeddings": 64, "rope_scaling": dynamic}
+        layers = {
+            "rope_parameters": {"full": long, "sliding": {"rope_type": "default"}, "none": None},
+            "model_type": "y",
+        }
+        config = {"text_config": inner, "other": {"deep": layers}, "id2label": {0: "a"}, "rope_scaling": None}
+        assert kv._ropes_by_length(list(kv._configs(config))) == [("dynamic", 64, "x"), ("longrope", 40, "y")]
+        for unknown in ({"rope_type": "new"}, {"rope_type": "dynamic"}, {"type": "longrope"}):
+            with pytest.raises(kv.UnsupportedError, match="not known"):
+                kv._ropes_by_length([{"rope_scaling": unknown}])
+
+    def test_adapters_are_told_apart_by_state_and_weights(self) -> None:
+        with make_pool(1024) as pool:
+            base = make_model()
+            before = self.cache_for(pool, base)
+            self.fill(before, self.TOKENS)
+            model = with_lora(base)
+            cache = self.cache_for(pool, model)
+            assert (cache.match(self.TOKENS), before.match(self.TOKENS)) == (0, 0)
+            self.fill(cache, self.TOKENS)
+            with model.disable_adapter():
+                assert (cache.match(self.TOKENS), before.match(self.TOKENS)) == (64, 64), "the base model's"
+                assert cache.load(self.TOKENS)[0].layers[0].keys.equal(before.load(self.TOKENS)[0].layers[0].keys)
+            assert cache.match(self.TOKENS) == 64
+            assert self.cache_for(pool, with_lora(make_model())).match(self.TOKENS) == 64
+            assert self.cache_for(pool, with_lora(make_model(), seed=1)).match(self.TOKENS) == 0, "both are 'default'"
+            assert self.cache_for(pool, with_lora(make_model(), lora_alpha=16)).match(self.TOKENS) == 0
+            layer = model.base_model.model.model.layers[0].self_attn.k_proj
+            layer.scaling["default"] *= 2
+            assert cache.match(self.TOKENS) == 0
+            layer.scaling["default"] /= 2
+            weight = layer.lora_A["default"].weight
+            value = float(weight.detach()[0, 0])
+            weight.data[0, 0] = value + 1
+            assert cache.match(self.TOKENS) == 0, "written without a new version"
+            weight.data[0, 0] = value
+            assert cache.match(self.TOKENS) == 64
+            model.add_adapter("second", model.peft_config["default"])
+            for adapter, found in (("second", 0), ("default", 64)):
+                model.set_adapter(adapter)
+                assert (adapter, cache.match(self.TOKENS)) == (adapter, found)
+            model.merge_adapter()
+            assert cache.match(self.TOKENS) == 0
+            model.unmerge_adapter()
+            assert (before.match(self.TOKENS), len(pool)) == (cache.match(self.TOKENS), 8)
+            merged = model.merge_and_unload()
+            assert self.cache_for(pool, merged).match(self.TOKENS) == 0, "merged for good"
+            assert before.match(self.TOKENS) == 0
+
+    def test_digests_of_adapters_are_kept_while_they_live(self) -> None:
+        import gc
+
+        with make_pool(64) as pool:
+            model = with_lora(make_model())
+            cache: Any = self.cache_for(pool, model)
+            cache.match(self.TOKENS)
+            kept = dict(cache._digests)
+            assert len(kept) == 2 * 2 * 2
+            cache.match(self.TOKENS)
+            assert cache._digests == kept
+            model.delete_adapter("default")
+            gc.collect()
+            assert cache._digests == {}
+
+    def test_virtual_tokens_are_refused(self) -> None:
+        peft = pytest.importorskip("peft", reason="peft is not installed: tests with adapters are left out")
+        for kind in ("PromptTuningConfig", "PrefixTuningConfig"):
+            settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 10}
+            model = peft.get_peft_model(make_model(), getattr(peft, kind)(**settings)).eval()
+            with make_pool(256) as pool:
+                cache = self.cache_for(pool, model)
+                past = self.compute(model, self.TOKENS)
+                assert past.get_seq_length() == 80
+                for generated in (False, True):
+                    with pytest.raises(CacheError):
+                        cache.store(self.TOKENS, past, generated=generated)
+                with pytest.raises(kv.UnsupportedError, match="virtual tokens"):
+                    cache.load(self.TOKENS)
+                with pytest.raises(kv.InvalidArgumentError, match="80 tokens is longer than the 70"):
+                    kv.PrefixCache(pool, namespace="m").store(self.TOKENS, past)
+                with model.disable_adapter():
+                    assert self.fill(cache, self.TOKENS) == 4
+
+    def test_kv_that_is_random_or_not_causal_is_refused(self) -> None:
+        with make_pool(256) as pool:
+            model = make_model(attention_dropout=0.1)
+            cache = self.cache_for(pool, model)
+            self.fill(cache, self.TOKENS)
+            model.train()
+            with pytest.raises(kv.UnsupportedError, match="eval"):
+                cache.load(self.TOKENS)
+            model.eval()
+            assert cache.match(self.TOKENS) == 64
+            model.config.is_encoder_decoder = True
+            with pytest.raises(kv.UnsupportedError, match="can't be cached by prefix"):
+                cache.load(self.TOKENS)
+            numpy = pytest.importorskip("numpy")
+            model.config.is_encoder_decoder = False
+            with pytest.raises(CacheError, match="longer"):
+                cache.store([1] * 16, numpy.zeros((2, 2, 2, 17, 16), "float32"))
+
+    def test_placeholders_must_be_named(self) -> None:
+        model = make_model()
+        model.config.image_token_id = 96
+        tokens = [*self.TOKENS[:20], *[96] * 20, *self.TOKENS[40:]]
+        red, blue = (dict.fromkeys((1, 2), name) for name in ("red", "blue"))
+        with make_pool(256) as pool:
+            cache = self.cache_for(pool, model)
+            past = self.compute(model, tokens)
+            for named in (None, {1: "red"}):
+                with pytest.raises(kv.UnsupportedError, match=r"token 96 \(image_token_id\).*block_extra"):
+                    cache.store(tokens, past, block_extra=named)
+            assert len(pool) == 0
+            assert cache.store(tokens, past, block_extra=red) == 4
+            assert cache.load(tokens, block_extra=red)[1] == 64
+            assert cache.load(tokens, block_extra=blue)[1] == 16
+            assert cache.load(tokens) == (None, 0)
+            assert cache.match(tokens[:19]) == 16
+            assert cache.match(tokens[:32]) == 0
+            assert cache.match(tokens[:31]) == 16, "a placeholder in the partial last block is no matter"
 
 
 # ======================================================================================================================
@@ -6579,6 +7181,23 @@ class TestReplay:
             found = kv.replay(requests, policy, 20, blocks, as_pool=True)[0]
             assert found == pytest.approx(round(3000 * hit_rate), abs=30 if policy == "adaptive" else 0)
             assert pool.evict(100) == 20
+            assert_sound(pool)
+
+    @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "adaptive"])
+    @pytest.mark.parametrize("capacity", [5, 40, 300])
+    def test_a_prefix_cache_gets_what_replay_says(self, policy: str, capacity: int) -> None:
+        """Equal hits; but for adaptive, where which ghosts share a set depends on the keys."""
+        requests = self.trace(2)
+        config = make_config(blocks=capacity, block_size=512, max_entries=capacity, eviction_policy=policy)
+        with KVCachePool(config) as pool:
+            cache = kv.PrefixCache(pool, namespace="m", block_size=1)
+            hits = 0
+            for request in requests:
+                keys = [str(block) for block in request]
+                hits += cache.lookup(keys)[1]
+                cache.insert(keys, [b"x"] * len(keys))
+            replayed = kv.replay(requests, policy, capacity, as_pool=True)[1]
+            assert hits == pytest.approx(replayed, rel=0.02 if policy == "adaptive" and capacity < 300 else 0)
             assert_sound(pool)
 
     def test_what_was_just_stored_stays_as_in_a_pool(self) -> None:

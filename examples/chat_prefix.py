@@ -75,7 +75,7 @@ def answer(args: argparse.Namespace) -> None:
             pass
 
     with KVCachePool.attach(POOL, args.store) as pool, torch.inference_mode():
-        cache = PrefixCache(pool, namespace=f"{model_fingerprint(path)}/{args.dtype}")
+        cache = PrefixCache.for_model(pool, model, namespace=model_fingerprint(path))  # it sees the dtype by itself
         # The prompt is computed in two parts, whether the first comes from the cache or not: in bf16 a model rounds
         # differently when a prompt is cut elsewhere, with its own cache as with ours.
         boundary = min(ids.shape[1] // cache.block_size * cache.block_size, ids.shape[1] - 1)
@@ -95,7 +95,7 @@ def answer(args: argparse.Namespace) -> None:
             return_dict_in_generate=True,
             streamer=streamer,
         )
-        stored = cache.store(ids[0], result.past_key_values)
+        stored = cache.store(ids[0], result.past_key_values, generated=True)  # it goes on with the answer
         figures = {"prompt": ids.shape[1], "reused": reused, "stored": stored, "load": loaded - started}
         figures["first"] = streamer.times[1] - started
         print(json.dumps({**figures, "ids": result.sequences[0, ids.shape[1] :].tolist()}))
