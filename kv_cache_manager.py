@@ -105,7 +105,8 @@ if TYPE_CHECKING:
     from typing import Concatenate, ParamSpec
 
     _P = ParamSpec("_P")
-    _R = TypeVar("_R")
+
+_R = TypeVar("_R")
 
 __version__ = "0.1.0"
 
@@ -954,31 +955,31 @@ def key_digest(key: bytes) -> int:
 Note = tuple[int, int, int, int, int]  # policy key, sequence number, slot, use count, blocks
 
 
-def in_victim_order(notes: Iterable[Note], waste: Callable[[int, int, int, int], float] | None) -> list[int]:
-    """Slots, next victim first, from what `note_locked` said of each: the order of `victims_locked`, without the lock.
+def in_victim_order(noted: Iterable[tuple[Note, _R]], waste: Callable[[int, int, int, int], float] | None) -> list[_R]:
+    """Items, next victim first, by what `note_locked` said of each: the order of `victims_locked`, without the lock.
 
     `waste` is that of `waste_now_locked` under ADAPTIVE, else None.
     """
-    queues: dict[int, list[Note]] = {}
-    for note in sorted(notes, reverse=True):
-        queues.setdefault(note[0], []).append(note)
+    queues: dict[int, list[tuple[Note, _R]]] = {}
+    for item in sorted(noted, key=operator.itemgetter(0), reverse=True):
+        queues.setdefault(item[0][0], []).append(item)
     if waste is None:
-        return [note[2] for key in sorted(queues) for note in reversed(queues[key])]
+        return [item for key in sorted(queues) for _, item in reversed(queues[key])]
 
-    def head(queue: list[Note]) -> tuple[float, int, list[Note]]:
-        key, sequence, slot, count, num_blocks = queue[-1]
-        return -waste(key, sequence, count, num_blocks), -slot, queue
+    def head(key: int) -> tuple[float, int, int]:
+        _, sequence, slot, count, num_blocks = queues[key][-1][0]
+        return -waste(key, sequence, count, num_blocks), -slot, key
 
-    slots, heads = [], [head(queue) for queue in queues.values()]
+    items, heads = [], [head(key) for key in queues]
     heapq.heapify(heads)
     while heads:
-        queue = heads[0][2]
-        slots.append(queue.pop()[2])
-        if queue:
-            heapq.heapreplace(heads, head(queue))
+        key = heads[0][2]
+        items.append(queues[key].pop()[1])
+        if queues[key]:
+            heapq.heapreplace(heads, head(key))
         else:
             heapq.heappop(heads)
-    return slots
+    return items
 
 
 class EvictionManager:
@@ -2099,6 +2100,18 @@ class Segment:
         misses, self.words[own] = self.words[own], 0
         self.words[MISSES] = (self.words[MISSES] + misses) & I64_MAX
         self.words[pid] = 0
+
+    def can_be_locked(self, patience: float) -> bool:
+        """Return True if the pool's lock is free now, or within so many seconds."""
+        until = time.monotonic() + patience
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
+                return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(STEP_PAUSE)
 
     def withdraw(self) -> None:
         """Let the pool count as one that we don't have open, but keep the session."""
@@ -3747,8 +3760,8 @@ class KVCachePool:
     def _end(self) -> None:
         """Close at the end of the process. Memory that a daemon thread still uses is left to the kernel.
 
-        Nobody waits here for a thread that is stuck in a call. Whatever this handle then holds stays held, and mapped,
-        until the process is dead.
+        A thread that is stuck in a call is not waited for, nor a process that was stopped while it had the lock. What
+        this handle then holds stays held, and mapped, until the process is dead.
         """
         if not _own_process[0]:
             _adopt_pools()
@@ -3759,8 +3772,11 @@ class KVCachePool:
         try:
             if self._segment is None or self._is_locked:
                 return
-            self._unpin_all()
-            self._close_if_unused()
+            if self._segment.can_be_locked(ENDING_PATIENCE):
+                self._unpin_all()
+                self._close_if_unused()
+            elif not self._holds:
+                self._end_unlocked()
             if self._segment is not None and self._segment.header.transient:
                 self._segment.withdraw()
                 self._remove_name(wait=False, only_if_unused=True)
@@ -4901,8 +4917,7 @@ class KVCachePool:
     def _describe_all(self) -> list[CacheEntry]:
         """All entries, next victim first; noted in steps, between which others get the lock."""
         noted = self._sweep(lambda slot: (self._order.note_locked(slot), self._entry_locked(slot)))
-        entries = {note[2]: entry for note, entry in noted}
-        return [entries[slot] for slot in in_victim_order((note for note, _ in noted), self._waste_now())]
+        return in_victim_order(noted, self._waste_now())
 
     @_locked
     def _waste_now(self) -> Callable[[int, int, int, int], float] | None:
