@@ -884,6 +884,7 @@ _CLOCK, _FREE_BUCKET, _TOP_BUCKET, _GAP, _WEIGHTS = 0, 1, 2, 3, 7  # in words
 _LAST, _FIRST, _LOWER, _HIGHER = 0, 1, 2, 3  # in a bucket
 _PREV, _NEXT, _BUCKET, _TAIL = 0, 1, 2, 3  # in a node
 _KEY, _SEQUENCE, _COUNT, _PRIORITY = 2, 2, 3, 4  # in words: key of a bucket, numbers of a node
+_NODE = struct.Struct("<4I3q")
 
 # What a policy sorts by first. Inside one key the order is that of the sequence numbers, oldest first.
 POLICY_KEY: dict[EvictionPolicy, Callable[[int, int], int]] = {
@@ -952,11 +953,11 @@ def key_digest(key: bytes) -> int:
     return zlib.crc32(key) | (zlib.crc32(key[::-1]) >> 1) << 32 or 1
 
 
-Note = tuple[int, int, int, int, int]  # policy key, sequence number, slot, use count, blocks
+Note = tuple[int, int, int, int, int, int]  # policy key, sequence number, slot, use count, blocks, priority
 
 
 def in_victim_order(noted: Iterable[tuple[Note, _R]], waste: Callable[[int, int, int, int], float] | None) -> list[_R]:
-    """Items, next victim first, by what `note_locked` said of each: the order of `victims_locked`, without the lock.
+    """Items, next victim first, by what `note_of` says of each: the order of `victims_locked`, without the lock.
 
     `waste` is that of `waste_now_locked` under ADAPTIVE, else None.
     """
@@ -967,7 +968,7 @@ def in_victim_order(noted: Iterable[tuple[Note, _R]], waste: Callable[[int, int,
         return [item for key in sorted(queues) for _, item in reversed(queues[key])]
 
     def head(key: int) -> tuple[float, int, int]:
-        _, sequence, slot, count, num_blocks = queues[key][-1][0]
+        _, sequence, slot, count, num_blocks, _ = queues[key][-1][0]
         return -waste(key, sequence, count, num_blocks), -slot, key
 
     items, heads = [], [head(key) for key in queues]
@@ -1388,10 +1389,16 @@ class EvictionManager:
 
         return weigh
 
-    def note_locked(self, slot: int) -> Note:
-        """What the place of a slot in the order depends on."""
-        key, sequence = self.sort_key_locked(slot)
-        return key, sequence, slot, self.numbers_locked(slot)[1], self._blocks_of(slot) if self.is_adaptive else 0
+    def copy_locked(self, slot: int) -> bytes:
+        """The node of a slot, for `note_of`."""
+        node = self._nodes + slot * _NODE_HALVES
+        return self._halves[node : node + _NODE_HALVES].tobytes()
+
+    def note_of(self, copy: bytes, slot: int, num_blocks: int) -> Note:
+        """What the place of a slot in the order depends on, from a copy of its node."""
+        _, _, _, is_tail, sequence, count, priority = _NODE.unpack_from(copy)
+        key = 0 if is_tail and self.is_adaptive else self._key_of(count, priority)
+        return key, sequence, slot, count, num_blocks, priority
 
     # --- walking, rebuilding, checking -------------------------------------------------------------------------------
 
@@ -2178,7 +2185,8 @@ def _mark_process() -> mmap.mmap | _OwnPid:
 
 
 _own_process = _mark_process()
-_adopting = threading.Lock()
+_adopting = threading.RLock()
+_adoptions: list[int] = []  # not empty while the thread that holds it is at work
 
 # Every segment that has files open. A forked child closes those that are not part of a pool yet.
 _segments: weakref.WeakSet[Segment] = weakref.WeakSet()
@@ -2196,7 +2204,10 @@ def _adopt_pools() -> None:
     """
     global _no_fork  # noqa: PLW0603  # a lock that a thread of the parent holds can't be freed
     with _adopting:
-        if not _own_process[0]:
+        if _own_process[0] or _adoptions:  # done; or one of the calls below comes back here
+            return
+        _adoptions.append(1)
+        try:
             _no_fork = threading.RLock()
             _forking.clear()
             pools = _known_pools()
@@ -2207,6 +2218,8 @@ def _adopt_pools() -> None:
             for pool in pools:
                 pool._after_fork()
             _own_process[0] = 1
+        finally:
+            _adoptions.clear()
 
 
 def _in_store(store_path: str, work: Callable[[], _R]) -> _R:
@@ -2602,6 +2615,11 @@ class EntryTable:
                             raise IndexError
             chain = stop
         return slots, chain
+
+    def copy(self, slot: int) -> bytes:
+        """The record of a slot, for `RECORD.unpack_from`; its texts begin at RECORD.size."""
+        at = 4 * (self._records + slot * HALVES_PER_RECORD)
+        return self.memory[at : at + RECORD_BYTES]
 
     def has_prefix(self, slot: int, prefix: bytes) -> bool:
         """Return True if a record has this prefix hash."""
@@ -3497,7 +3515,11 @@ class _PoolReader:
 
     def small_values(self, keys: list[str]) -> list[tuple[CacheEntry, bytes | None] | None]:
         self._pool._give_way()
-        return self._pool._copy_small(keys)
+        records, values = self._pool._copy_small(keys)
+        return [
+            (self._pool._decode(record)[1], value) if record else None
+            for record, value in itertools.zip_longest(records, values)
+        ]
 
     def value(self, key: str) -> _Peek:
         return _Peek(self._pool, key)
@@ -4891,13 +4913,13 @@ class KVCachePool:
         """
         prefix = _encode_prefix(prefix_hash)
 
-        def describe(slot: int) -> CacheEntry | None:
-            return self._entry_locked(slot) if self._table.has_prefix(slot, prefix) else None
+        def copy(slot: int) -> bytes:
+            return self._copy_locked(slot) if self._table.has_prefix(slot, prefix) else b""
 
         found = self._find_prefix(prefix)
         if found is None:
-            found = [entry for entry in self._sweep(describe) if entry is not None]
-        return sorted(found, key=lambda entry: entry.created_at)
+            found = self._sweep(copy)
+        return sorted((self._decode(copy)[1] for copy in found if copy), key=lambda entry: entry.created_at)
 
     def count_by_prefix(self, prefix_hash: str) -> int:
         """How many entries were stored with that prefix hash; for less than `find_by_prefix` costs, else the same."""
@@ -4905,9 +4927,9 @@ class KVCachePool:
         return sum(self._sweep(lambda slot: self._table.has_prefix(slot, prefix)))
 
     @_locked
-    def _find_prefix(self, prefix: bytes) -> list[CacheEntry] | None:
+    def _find_prefix(self, prefix: bytes) -> list[bytes] | None:
         slots = self._table.find_prefix(prefix, ENTRIES_A_STEP)
-        return None if slots is None else [self._entry_locked(slot) for slot in slots]
+        return None if slots is None else [self._copy_locked(slot) for slot in slots]
 
     @_locked
     def _describe(self, key: bytes) -> CacheEntry | None:
@@ -4916,8 +4938,8 @@ class KVCachePool:
 
     def _describe_all(self) -> list[CacheEntry]:
         """All entries, next victim first; noted in steps, between which others get the lock."""
-        noted = self._sweep(lambda slot: (self._order.note_locked(slot), self._entry_locked(slot)))
-        return in_victim_order(noted, self._waste_now())
+        copies = self._sweep(self._copy_locked)
+        return in_victim_order(map(self._decode, copies), self._waste_now())
 
     @_locked
     def _waste_now(self) -> Callable[[int, int, int, int], float] | None:
@@ -4927,28 +4949,33 @@ class KVCachePool:
     def _count(self) -> int:
         return int(self._words[NUM_ENTRIES])
 
+    def _copy_locked(self, slot: int) -> bytes:
+        """What the segment says of an entry, for `_decode`.
+
+        Making thousands of objects under the lock would start garbage collections there, and others would wait.
+        """
+        return self._order.copy_locked(slot) + slot.to_bytes(4, "little") + self._table.copy(slot)
+
     def _entry_locked(self, slot: int) -> CacheEntry:
-        table = self._table
-        word = table.record(slot) >> 1
-        key, prefix, tensor = table.texts(slot)
-        framework, _, described = tensor.decode().partition(":")
-        dtype, *shape = described.split(" ")
-        _, count, priority = self._order.numbers_locked(slot)
-        return CacheEntry(
-            key.decode(),
-            prefix.decode(),
-            table.place(slot)[0],
-            table.words[word + W_SIZE],
-            table.floats[word + W_CREATED],
-            table.floats[word + W_ACCESSED],
-            count,
-            priority,
-            table.words[word + W_SEQUENCE_LENGTH],
-            table.words[word + W_LAYER],
-            dtype,
-            tuple(map(int, shape)),
-            framework,
-        )
+        return self._decode(self._copy_locked(slot))[1]
+
+    def _decode(self, copy: bytes) -> tuple[Note, CacheEntry]:
+        """(what its place in the order depends on, the entry), from what `_copy_locked` says."""
+        (
+            _, _, size, start, num_blocks, _, _, _, _, _, _, created, accessed, tokens, layer, _, _, _, _,
+            key_bytes, prefix_bytes, tensor_bytes, _, _,
+        ) = RECORD.unpack_from(copy, _NODE.size + 4)  # fmt: skip
+        note = self._order.note_of(copy, int.from_bytes(copy[_NODE.size : _NODE.size + 4], "little"), num_blocks)
+        at = _NODE.size + 4 + RECORD.size
+        key, at = copy[at : at + key_bytes].decode(), at + key_bytes
+        prefix, at = copy[at : at + prefix_bytes].decode(), at + prefix_bytes
+        offset = self._data_offset + start * self._geometry.block_size
+        entry = CacheEntry(key, prefix, offset, size, created, accessed, note[3], note[5], tokens, layer)
+        if tensor_bytes:
+            entry.framework, _, described = copy[at : at + tensor_bytes].decode().partition(":")
+            entry.dtype, *shape = described.split(" ")
+            entry.shape = tuple(map(int, shape))
+        return note, entry
 
     def can_allocate(self, size: int) -> bool:
         """Whether `allocate` of so many bytes would succeed now, evicting others if need be.
@@ -5158,24 +5185,29 @@ class KVCachePool:
         return write_snapshot(path, self._config, self._describe_all(), _PoolReader(self), progress)
 
     @_locked
-    def _copy_small(self, keys: list[str]) -> list[tuple[CacheEntry, bytes | None] | None]:
-        """Entries and copies of their values, None where one is large or has gone; as many as make up a MiB."""
-        found: list[tuple[CacheEntry, bytes | None] | None] = []
+    def _copy_small(self, keys: list[str]) -> tuple[list[bytes], list[bytes]]:
+        """(copies of records, copies of values), as many as make up a MiB; b"" for the record of a key that has gone.
+
+        It ends with the record of a large value, without a copy of that.
+        """
+        records: list[bytes] = []
+        values: list[bytes] = []
         room = COPY_CHUNK
         for key in keys:
             slot = self._table.find(key.encode())
-            if not slot:
-                found.append(None)
-                continue
-            entry = self._entry_locked(slot)
-            if entry.size > COPY_UNDER_LOCK:
-                found.append((entry, None))
-                break
-            if entry.size > room:
-                break
-            room -= entry.size
-            found.append((entry, self._memory[entry.offset : entry.offset + entry.size]))
-        return found
+            if slot:
+                offset, size = self._table.place(slot)
+                if size > COPY_UNDER_LOCK:
+                    records.append(self._copy_locked(slot))
+                    break
+                if size > room:
+                    break
+                records.append(self._copy_locked(slot))
+                room -= size
+            else:
+                records.append(b"")
+            values.append(self._memory[offset : offset + size] if slot else b"")
+        return records, values
 
     @_locked
     def _describe_held(self, token: int) -> CacheEntry:
