@@ -2116,7 +2116,7 @@ class Segment:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 fcntl.flock(self.fd, fcntl.LOCK_UN)
                 return True
-            if time.monotonic() > until:
+            if time.monotonic() >= until:
                 return False
             time.sleep(STEP_PAUSE)
 
@@ -3421,6 +3421,23 @@ def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview
                 pool._words[UNREAD] = 1
 
 
+def _array_gone(pool_ref: weakref.ref[KVCachePool], token: int, _: weakref.ref[memoryview]) -> None:
+    """Unpin what an array showed that outlived its view, if the lock is free just now; else the next call does it.
+
+    It may run inside any other code, so it must not wait.
+    """
+    pool = pool_ref()
+    if pool is not None and pool._segment is not None and not pool._closing and _own_process[0]:
+        pool._array_refs.pop(token, None)
+        pool._untidy.append(token)
+        if pool._mutex.acquire(blocking=False):
+            try:
+                if not pool._is_locked and pool._segment is not None and pool._segment.can_be_locked(0):
+                    pool._join()
+            finally:
+                pool._mutex.release()
+
+
 def _view_gone_after_close(ref: _ViewRef) -> None:
     """End the session of a closed handle when its last view has gone; without locks, as for a process that has died."""
     pool = ref.pool
@@ -3673,6 +3690,7 @@ class KVCachePool:
         self._gone_views: deque[_ViewRef] = deque()
         self._reader_gone: Any = functools.partial(_reader_gone, weakref.ref(self))
         self._reader_ref: weakref.ref[memoryview] | None = None
+        self._array_refs: dict[int, weakref.ref[memoryview]] = {}
         # Tokens whose calls an error or interrupt has cut off; 0: whatever else the next lock must put in order.
         # An except block appends to it before all else: no second interrupt gets in before that call of C code is over.
         self._untidy = [0]  # joins at the first lock
@@ -3788,7 +3806,8 @@ class KVCachePool:
         if not _own_process[0]:
             _adopt_pools()
         self._closing = True  # calls from now on raise PoolClosedError
-        self._reader_ref = None  # its callback may run when modules are gone
+        self._reader_ref = None  # the callbacks of these may run when modules are gone
+        self._array_refs.clear()
         if not self._mutex.acquire(timeout=ENDING_PATIENCE):
             return
         try:
@@ -3850,7 +3869,7 @@ class KVCachePool:
         self._mutex = threading.RLock()
         self._barrier = threading.RLock()
         self._is_locked = False
-        for mapping in (self._holds, self._pins, self._view_refs, self._pins_by_key):
+        for mapping in (self._holds, self._pins, self._view_refs, self._array_refs, self._pins_by_key):
             mapping.clear()
         self._writes.clear()
         self._gone_views.clear()
@@ -4639,6 +4658,9 @@ class KVCachePool:
         with self._mutex:  # the pin stays until the arrays that were made from it go
             if token == self._reader:
                 self._reader_ref = weakref.ref(owner, self._reader_gone)
+            elif not self._closing:
+                gone = functools.partial(_array_gone, weakref.ref(self), token)
+                self._array_refs[token] = weakref.ref(owner, gone)
 
     def pin(self, key: str) -> bool:
         """Keep the value that is there now from being evicted or moved until `unpin` or `close`; False if none is.

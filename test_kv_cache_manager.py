@@ -3579,6 +3579,30 @@ class TestOutliving:
             assert not kv._lent_out
             assert self.fits(keeper)
 
+    def test_the_pin_of_an_array_ends_with_it_though_the_handle_is_not_called_again(self) -> None:
+        """Of several at once too, and whichever goes first; also while the handle's own lock, or the pool's, is taken."""
+        with make_pool(4) as keeper, KVCachePool.attach("pool") as pool:
+            for order in ("abc", "cba", "bac"):
+                for key in "abc":
+                    keeper.put(key, payload(key, BLOCK_SIZE))
+                kept = {}
+                for key in "abc":
+                    with pool.view(key) as view:
+                        kept[key] = view[:]
+                for key in order:
+                    assert not self.fits(keeper)
+                    assert bytes(kept.pop(key)) == payload(key, BLOCK_SIZE)
+                assert self.fits(keeper)
+            keeper.put("a", payload("a", BLOCK_SIZE))
+            with pool.view("a") as first, pool.view("a") as second:
+                parts = [first[:], second[:]]
+            fcntl.flock(keeper._segment.fd, fcntl.LOCK_EX)
+            parts.clear()  # must not wait for the lock
+            fcntl.flock(keeper._segment.fd, fcntl.LOCK_UN)
+            pool.get("absent")
+            assert self.fits(keeper)
+            assert_sound(keeper)
+
     def test_a_transient_pool_goes_with_the_last_view(self) -> None:
         pool = make_pool()
         path = pool._path
