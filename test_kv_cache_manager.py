@@ -803,6 +803,96 @@ class TestEvictionManager:
         assert grown.num_slots > 256
 
 
+def apply_plan(layout: dict[int, tuple[int, int]], plan: kv.Plan, num_blocks: int) -> set[int]:
+    """Do what a plan says with slot -> (start, number of blocks); the blocks that are free then. Nothing is overwritten."""
+    victims, moves = plan
+    extents = {slot: extent for slot, extent in layout.items() if slot not in victims}
+    for slot, target in moves:
+        _, count = extents.pop(slot)
+        others = {block for s, c in extents.values() for block in range(s, s + c)}
+        assert not others & set(range(target, target + count)), "a move would overwrite another entry"
+        extents[slot] = (target, count)
+        assert 0 <= target <= num_blocks - count
+    return set(range(num_blocks)) - {block for s, c in extents.values() for block in range(s, s + c)}
+
+
+class TestPlanning:
+    """What to evict and to move is a pure function of the layout."""
+
+    @staticmethod
+    def layouts(randomness: random.Random, num_blocks: int) -> tuple[dict[int, tuple[int, int]], set[int]]:
+        """(slot -> extent, the slots in use), at random."""
+        layout, at, slot = {}, 0, 0
+        while at < num_blocks:
+            count = min(randomness.choice((1, 1, 2, 3, 5)), num_blocks - at)
+            if randomness.random() < 0.8:
+                slot += 1
+                layout[slot] = (at, count)
+            at += count
+        share = randomness.choice((0, 0.1, 0.3))
+        return layout, {slot for slot in layout if randomness.random() < share}
+
+    @pytest.mark.parametrize("seed", range(300))
+    def test_a_plan_makes_room_with_the_first_victims_and_no_more(self, seed: int) -> None:
+        randomness = random.Random(seed)
+        num_blocks = randomness.choice((8, 20, 40))
+        layout, fixed = self.layouts(randomness, num_blocks)
+        movable = sorted((*layout[slot], slot) for slot in layout.keys() - fixed)
+        in_use = sorted((*layout[slot], slot) for slot in fixed)
+        sections = kv.cut_sections(movable, in_use, num_blocks)
+        assert sum(map(len, (section.extents for section in sections))) == len(movable)
+        order = [slot for _, _, slot in movable]
+        randomness.shuffle(order)
+        for wanted in range(1, num_blocks + 1):
+            need_slot = randomness.random() < 0.2
+            plan = kv.plan_room(sections, wanted, order, need_slot)
+            widest = max(section.high - section.low for section in sections)
+            if widest < wanted or (need_slot and not order):
+                assert plan is None
+                continue
+            assert plan is not None
+            victims, moves = plan
+            assert victims == order[: len(victims)]
+            assert len(victims) >= need_slot
+            assert not fixed & {slot for slot, _ in moves}
+            free = apply_plan(layout, plan, num_blocks)
+            assert any(set(range(start, start + wanted)) <= free for start in range(num_blocks))
+            # One victim less would not do, neither by sliding in a section nor by the exchange that is tried.
+            fewer = set(victims[:-1])
+            if victims and len(victims) > need_slot:
+                left = [section.without(fewer) for section in sections]
+                assert kv.plan_slide(left, wanted) is None
+                assert kv.plan_exchange(left, wanted) is None
+
+    def test_an_impossible_put_looks_at_no_victim(self) -> None:
+        movable = [(block, 1, block + 1) for block in range(1000) if block != 500]
+        sections = kv.cut_sections(movable, [(500, 1, 501)], 1000)
+
+        def candidates() -> Iterator[int]:
+            raise AssertionError("looked at")
+            yield
+
+        assert kv.plan_room(sections, 501, candidates(), False) is None
+
+    def test_the_number_of_plans_grows_with_the_logarithm_of_the_victims(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A pin every 40 blocks: no section gets room before many have gone, and each plan for fewer fails."""
+        movable = [(block, 1, block + 1) for block in range(2000) if block % 40]
+        fixed = [(block, 1, block + 1) for block in range(0, 2000, 40)]
+        plans = []
+        exchange = kv.plan_exchange
+        monkeypatch.setattr(kv, "plan_exchange", lambda *what: plans.append(1) or exchange(*what))
+        order = [slot for _, _, slot in movable]
+        random.Random(1).shuffle(order)
+        plan = kv.plan_room(kv.cut_sections(movable, fixed, 2000), 39, order, False)
+        assert plan is not None
+        assert len(plan[0]) >= 39
+        assert len(plans) <= 24
+
+    def test_a_reader_that_has_left_meanwhile_is_no_victim(self) -> None:
+        sections = kv.cut_sections([(0, 2, 1)], [(2, 2, 2)], 4)
+        assert kv.plan_room(sections, 2, [2, 1], False) == ([1], [])
+
+
 # ======================================================================================================================
 # Segment and snapshot
 # ======================================================================================================================
