@@ -168,6 +168,10 @@ R_KEY_NEXT, R_PREFIX_NEXT, R_PREFIX_PREV, R_CHECKSUM, R_PINS, R_LENGTHS = 8, 9, 
 W_SIZE, W_EXTENT, W_CREATED, W_ACCESSED, W_SEQUENCE_LENGTH, W_LAYER = 1, 2, 6, 7, 8, 9  # in words
 W_PINS, W_PRIORITY = 10, 13
 HALVES_PER_RECORD = RECORD_BYTES // 4
+# A copy of an entry: its eviction node (40 bytes), the number of its slot, its record.
+COPY_ORDER = struct.Struct("<12xI3qI20xI")  # whether it ends a prompt, sequence, uses, priority; slot; number of blocks
+COPY_RECORD_AT = 44
+COPY_SIZES = struct.Struct("<8xq80x3H")  # within the record: size in bytes, lengths of key, prefix, tensor description
 FREE, WRITING, COMPLETE, CONDEMNED = range(4)
 
 COPY_UNDER_LOCK = 64 << 10  # bytes; a larger value is copied outside the lock
@@ -181,14 +185,8 @@ FAULT_AROUND = 64 << 10  # bytes; a read fault maps all pages of such a window, 
 PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits for room before it fails
 # What takes long is done in steps of 1 to 5 ms under the lock: so many entries described, evicted or moved; slots or
 # key chains passed over; bytes moved; seconds in between, and how often at most.
-ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, STEP_BYTES, STEP_PAUSE, MAX_PAUSES = (
-    512,
-    1 << 16,
-    1 << 16,
-    4 << 20,
-    1e-4,
-    100,
-)
+ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, STEP_BYTES = 256, 1 << 16, 1 << 16, 4 << 20
+STEP_PAUSE, MAX_PAUSES = 1e-4, 100
 ENDING_PATIENCE = 1.0  # seconds that the end of a process waits for a daemon thread to end its call
 RESERVE_CHUNK = 256 << 20
 I64_MIN, I64_MAX = -(1 << 63), (1 << 63) - 1
@@ -884,7 +882,6 @@ _CLOCK, _FREE_BUCKET, _TOP_BUCKET, _GAP, _WEIGHTS = 0, 1, 2, 3, 7  # in words
 _LAST, _FIRST, _LOWER, _HIGHER = 0, 1, 2, 3  # in a bucket
 _PREV, _NEXT, _BUCKET, _TAIL = 0, 1, 2, 3  # in a node
 _KEY, _SEQUENCE, _COUNT, _PRIORITY = 2, 2, 3, 4  # in words: key of a bucket, numbers of a node
-_NODE = struct.Struct("<4I3q")
 
 # What a policy sorts by first. Inside one key the order is that of the sequence numbers, oldest first.
 POLICY_KEY: dict[EvictionPolicy, Callable[[int, int], int]] = {
@@ -953,7 +950,7 @@ def key_digest(key: bytes) -> int:
     return zlib.crc32(key) | (zlib.crc32(key[::-1]) >> 1) << 32 or 1
 
 
-Note = tuple[int, int, int, int, int, int]  # policy key, sequence number, slot, use count, blocks, priority
+Note = tuple[int, int, int, int, int]  # policy key, sequence number, slot, use count, blocks
 
 
 def in_victim_order(noted: Iterable[tuple[Note, _R]], waste: Callable[[int, int, int, int], float] | None) -> list[_R]:
@@ -968,7 +965,7 @@ def in_victim_order(noted: Iterable[tuple[Note, _R]], waste: Callable[[int, int,
         return [item for key in sorted(queues) for _, item in reversed(queues[key])]
 
     def head(key: int) -> tuple[float, int, int]:
-        _, sequence, slot, count, num_blocks, _ = queues[key][-1][0]
+        _, sequence, slot, count, num_blocks = queues[key][-1][0]
         return -waste(key, sequence, count, num_blocks), -slot, key
 
     items, heads = [], [head(key) for key in queues]
@@ -1390,15 +1387,14 @@ class EvictionManager:
         return weigh
 
     def copy_locked(self, slot: int) -> bytes:
-        """The node of a slot, for `note_of`."""
+        """The node of a slot."""
         node = self._nodes + slot * _NODE_HALVES
         return self._halves[node : node + _NODE_HALVES].tobytes()
 
-    def note_of(self, copy: bytes, slot: int, num_blocks: int) -> Note:
-        """What the place of a slot in the order depends on, from a copy of its node."""
-        _, _, _, is_tail, sequence, count, priority = _NODE.unpack_from(copy)
+    def note_of(self, is_tail: int, sequence: int, count: int, priority: int, slot: int, num_blocks: int) -> Note:
+        """What the place of a slot in the order depends on, for `in_victim_order`."""
         key = 0 if is_tail and self.is_adaptive else self._key_of(count, priority)
-        return key, sequence, slot, count, num_blocks, priority
+        return key, sequence, slot, count, num_blocks
 
     # --- walking, rebuilding, checking -------------------------------------------------------------------------------
 
@@ -2303,6 +2299,13 @@ def _remove_leftovers(directory: str, force: bool = False) -> tuple[list[str], l
 _NOT_ZERO = re.compile(rb"[^\0]")
 
 
+def _not_zero(column: bytes) -> list[int]:
+    """Where bytes are not 0; fast where they are few or none."""
+    tail = column.lstrip(b"\0")
+    begin = len(column) - len(tail)
+    return [begin + match.start() for match in _NOT_ZERO.finditer(tail.rstrip(b"\0"))]
+
+
 class EntryTable:
     """The records of a segment, with a chain of slots for every hash of a key and of a prefix. The pool locks."""
 
@@ -2560,15 +2563,14 @@ class EntryTable:
     def pinned_by(self, session: int, among: range) -> list[int]:
         """Those of some slots that a session pins by a bit in their records; one pass over them."""
         column, bit = self._bytes_of(4 * R_PINS + (session >> 3), among), 1 << (session & 7)
-        return [among.start + match.start() for match in _NOT_ZERO.finditer(column) if match[0][0] & bit]
+        return [among.start + at for at in _not_zero(column) if column[at] & bit]
 
     def pinned(self, among: range) -> set[int]:
         """Those of some slots that any session pins; one pass over them."""
         top = min(self.words[TOP_SESSION], MAX_SESSIONS)
         found = set(self.words[self._reads : self._reads + top].tolist()).intersection(among)
         for byte in range((top + 7) >> 3):
-            matches = _NOT_ZERO.finditer(self._bytes_of(4 * R_PINS + byte, among))
-            found.update(among.start + match.start() for match in matches)
+            found.update(among.start + at for at in _not_zero(self._bytes_of(4 * R_PINS + byte, among)))
         return found
 
     def count(self, state: int, among: range) -> int:
@@ -2713,7 +2715,7 @@ class EntryTable:
 # A snapshot is a safetensors file (https://github.com/huggingface/safetensors#format): eight bytes of header length, a
 # JSON header, the tensors without gaps. One tensor an entry, next victim first, so that reading them in turn rebuilds
 # the eviction order. `__metadata__` holds "format", "cortex_header_crc32", "cortex_config" (JSON) and
-# "cortex_entries" (JSON: tensor name -> `SnapshotEntry.to_json`).
+# "cortex_entries" (JSON: tensor name -> the list in `_describe_saved`).
 
 SNAPSHOT_FORMAT = "cortex-kv 1"
 NO_CHECKSUM = "00000000"  # stands in the header while its CRC-32 is computed, over the header with its padding
@@ -2727,52 +2729,43 @@ class SnapshotEntry(NamedTuple):
     entry: CacheEntry  # its offset counts from the start of the file
     crc32: int | None  # None: written by another program
 
-    def to_json(self, name: str) -> str:
-        """The item of "cortex_entries", whose name is in JSON already."""
-        e = self.entry
-        described = f'"{e.framework}:"' if e.dtype else '""'
-        return (
-            f'{name}: ["{self.crc32 or 0:08x}", {_to_json(e.key)}, {_to_json(e.prefix_hash)}, {e.created_at!r}, '
-            f"{e.last_accessed!r}, {e.access_count}, {e.priority}, {e.sequence_length}, {e.layer_index}, {described}]"
-        )
-
 
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def _snapshot_header(config: CachePoolConfig, saved: Mapping[str, SnapshotEntry]) -> bytes:
-    """The JSON header for tensors that lie one behind the other, its checksum still NO_CHECKSUM.
+def _describe_saved(entry: CacheEntry, crc32: int, name: str, begin: int) -> tuple[str, str]:
+    """(the item of "cortex_entries", the tensor) of an entry, whose name is in JSON already, as JSON.
 
     Put together by hand: `json.dumps` of the same takes four times as long, which tells with 100,000 small entries.
     """
-    about, tensors = [], []
-    begin = 0
-    for name, item in saved.items():
-        entry, quoted = item.entry, _to_json(name)
-        about.append(item.to_json(quoted))
-        dtype, shape = (entry.dtype, list(entry.shape)) if entry.dtype else ("U8", [entry.size])
-        end = begin + entry.size
-        tensors.append(f'{quoted}:{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}')
-        begin = end
+    about = (
+        f'{name}:["{crc32:08x}",{_to_json(entry.key)},{_to_json(entry.prefix_hash)},{entry.created_at!r},'
+        f"{entry.last_accessed!r},{entry.access_count},{entry.priority},{entry.sequence_length},{entry.layer_index},"
+    )
+    offsets = f'"data_offsets":[{begin},{begin + entry.size}]}}'
+    if not entry.dtype:
+        return about + '""]', f'{name}:{{"dtype":"U8","shape":[{entry.size}],{offsets}'
+    return (
+        f'{about}"{entry.framework}:"]',
+        f'{name}:{{"dtype":"{entry.dtype}","shape":{list(entry.shape)},{offsets}',
+    )
+
+
+def _snapshot_header(config: CachePoolConfig, about: list[str], tensors: list[str]) -> bytes:
+    """The JSON header for tensors that lie one behind the other, its checksum still NO_CHECKSUM."""
     metadata = {
         "format": SNAPSHOT_FORMAT,
         "cortex_header_crc32": NO_CHECKSUM,
         "cortex_config": json.dumps(config.to_dict()),
-        "cortex_entries": f"{{{', '.join(about)}}}",
+        "cortex_entries": f"{{{','.join(about)}}}",
     }
     return ('{"__metadata__":' + ",".join([_to_json(metadata), *tensors]) + "}").encode()
 
 
-def _header_room(config: CachePoolConfig, entries: Iterable[CacheEntry]) -> int:
-    """Bytes that are enough for the header of these entries, and of as many whose texts have grown a little."""
-    room = 8192 + 2 * len(_to_json(config.to_dict()).encode())
-    for entry in entries:
-        key, prefix = _to_json(entry.key), _to_json(entry.prefix_hash)
-        once = len(key.encode())
-        if "\\" in key or "\\" in prefix:  # escaped once more inside "cortex_entries"
-            key, prefix = _to_json(key), _to_json(prefix)
-        room += once + 2 * len(key.encode()) + len(prefix.encode()) + 300
-    return room // 8 * 8
+def header_room(key: str, texts: bytes) -> int:
+    """Bytes that are enough for what the header says of an entry, from its key and all its texts."""
+    plain = key.isprintable() and b'"' not in texts and b"\\" not in texts
+    return 300 + (4 if plain else 32) * len(texts)  # the key is there three times, and twice in JSON within JSON
 
 
 class SnapshotReader(Protocol):
@@ -2788,14 +2781,17 @@ class SnapshotReader(Protocol):
 def write_snapshot(
     path: str,
     config: CachePoolConfig,
-    entries: list[CacheEntry],
+    keys: list[str],
+    total: int,
+    room: int,
     read: SnapshotReader,
     progress: Progress | None = None,
 ) -> int:
-    """Write a snapshot of `entries` and return how many it holds; the file at `path` is replaced whole or not at all.
+    """Write a snapshot of `keys` and return how many it holds; the file at `path` is replaced whole or not at all.
 
-    `read` opens the values; an entry that has gone meanwhile is left out. The header comes first in the
-    file but is known last, so room for it is kept and filled up with spaces, as the format allows. The temporary file
+    `read` opens the values, `total` bytes as far as is known; a key that has gone meanwhile is left out. The header
+    comes first in the file but is known last, so room for it is kept, `room` bytes for what it says of the entries, and
+    filled up with spaces, as the format allows. The temporary file
     has a fixed name and is locked: two writers to one path take turns, and what a killed one left is reused. A link of
     that name is refused: it leads to a file that is none of ours.
     """
@@ -2824,7 +2820,7 @@ def write_snapshot(
                 os.fchmod(fd, 0o600)
                 file.truncate(0)
                 with _Checksums() as checksums:
-                    saved = _write_values(file, config, entries, read, checksums, progress)
+                    saved = _write_values(file, config, keys, total, room, read, checksums, progress)
                 os.fsync(fd)
                 os.rename(temporary, path)
             except BaseException:
@@ -2869,23 +2865,28 @@ class _Checksums(contextlib.ExitStack):
 def _write_values(
     file: io.RawIOBase,
     config: CachePoolConfig,
-    entries: list[CacheEntry],
+    keys: list[str],
+    total: int,
+    room: int,
     read: SnapshotReader,
     checksums: _Checksums,
     progress: Progress | None,
 ) -> int:
-    room = _header_room(config, entries)
-    total = sum(entry.size for entry in entries)
-    keys = [entry.key for entry in entries]
+    room = (room + 8192 + 8 * len(_snapshot_header(config, [], []))) // 8 * 8
     file.seek(8 + room)
-    saved: dict[str, SnapshotEntry] = {}
+    names: set[str] = set()
+    about: list[str] = []  # text, and no objects that each garbage collection would look at
+    tensors: list[str] = []
     done = at = 0
 
-    def add(entry: CacheEntry, crc32: int) -> None:
+    def add(entry: CacheEntry, crc32: int, begin: int) -> None:
         name = entry.key
-        while name in saved or name == "__metadata__":  # the one name that safetensors keeps for itself
+        while name in names or name == "__metadata__":  # the one name that safetensors keeps for itself
             name += "_"
-        saved[name] = SnapshotEntry(entry, crc32)
+        names.add(name)
+        described, tensor = _describe_saved(entry, crc32, _to_json(name), begin)
+        about.append(described)
+        tensors.append(tensor)
 
     def tell() -> None:
         if progress is not None:
@@ -2900,19 +2901,19 @@ def _write_values(
                 if data is None:
                     large = entry.key
                     break
-                add(entry, zlib.crc32(data))
+                add(entry, zlib.crc32(data), done)
                 small.append(data)
+                done += len(data)
             at += 1
         if small:
-            joined = b"".join(small)
-            _write_all(file, memoryview(joined))
-            done += len(joined)
+            _write_all(file, memoryview(b"".join(small)))
             tell()
         if large:
             at += 1
             with read.value(large) as opened:
                 if opened is not None:
                     entry, view = opened
+                    start = done
                     checksum = checksums.start(view)
                     try:
                         for begin in range(0, len(view), COPY_CHUNK):
@@ -2922,15 +2923,15 @@ def _write_values(
                             tell()
                     finally:
                         crc32 = checksum()  # before the view ends
-                    add(entry, crc32)
-    header = _snapshot_header(config, saved)
+                    add(entry, crc32, start)
+    header = _snapshot_header(config, about, tensors)
     if len(header) > room:  # would take entries rewritten meanwhile with far longer texts
         raise StorageError(f"the snapshot's header has {len(header)} bytes, room was kept for {room}: try again")
     header = header.ljust(room)
     header = header.replace(NO_CHECKSUM.encode(), b"%08x" % zlib.crc32(header), 1)
     file.seek(0)
     _write_all(file, memoryview(struct.pack("<Q", room) + header))
-    return len(saved)
+    return len(names)
 
 
 def _write_all(file: io.RawIOBase, data: memoryview) -> None:
@@ -3534,7 +3535,7 @@ class _PoolReader:
         self._pool._give_way()
         records, values = self._pool._copy_small(keys)
         return [
-            (self._pool._decode(record)[1], value) if record else None
+            (self._pool._decode(record), value) if record else None
             for record, value in itertools.zip_longest(records, values)
         ]
 
@@ -3968,7 +3969,8 @@ class KVCachePool:
                 if slot not in pins:
                     table.set_pin(slot, session, False)
         stale = []
-        for slot in table.slots(WRITING, CONDEMNED, among=among):
+        are_busy = self._words[NUM_BUSY] or self._words[DIRTY]
+        for slot in table.slots(WRITING, CONDEMNED, among=among) if are_busy else ():
             record = table.record(slot)
             if table.halves[record] == WRITING:
                 owner = table.halves[record + R_OWNER]
@@ -4941,7 +4943,7 @@ class KVCachePool:
         found = self._find_prefix(prefix)
         if found is None:
             found = self._sweep(copy)
-        return sorted((self._decode(copy)[1] for copy in found if copy), key=lambda entry: entry.created_at)
+        return sorted((self._decode(copy) for copy in found if copy), key=lambda entry: entry.created_at)
 
     def count_by_prefix(self, prefix_hash: str) -> int:
         """How many entries were stored with that prefix hash; for less than `find_by_prefix` costs, else the same."""
@@ -4960,8 +4962,13 @@ class KVCachePool:
 
     def _describe_all(self) -> list[CacheEntry]:
         """All entries, next victim first; noted in steps, between which others get the lock."""
-        copies = self._sweep(self._copy_locked)
-        return in_victim_order(map(self._decode, copies), self._waste_now())
+        return list(map(self._decode, self._copy_all()))
+
+    def _copy_all(self) -> list[bytes]:
+        """Copies of all entries, for `_decode`, next victim first; made in steps, between which others get the lock."""
+        note_of = self._order.note_of
+        noted = [(note_of(*COPY_ORDER.unpack_from(copy)), copy) for copy in self._sweep(self._copy_locked)]
+        return in_victim_order(noted, self._waste_now())
 
     @_locked
     def _waste_now(self) -> Callable[[int, int, int, int], float] | None:
@@ -4979,25 +4986,25 @@ class KVCachePool:
         return self._order.copy_locked(slot) + slot.to_bytes(4, "little") + self._table.copy(slot)
 
     def _entry_locked(self, slot: int) -> CacheEntry:
-        return self._decode(self._copy_locked(slot))[1]
+        return self._decode(self._copy_locked(slot))
 
-    def _decode(self, copy: bytes) -> tuple[Note, CacheEntry]:
-        """(what its place in the order depends on, the entry), from what `_copy_locked` says."""
+    def _decode(self, copy: bytes) -> CacheEntry:
+        """The entry, from what `_copy_locked` says of it."""
         (
-            _, _, size, start, num_blocks, _, _, _, _, _, _, created, accessed, tokens, layer, _, _, _, _,
+            _, _, size, start, _, _, _, _, _, _, _, created, accessed, tokens, layer, _, _, _, _,
             key_bytes, prefix_bytes, tensor_bytes, _, _,
-        ) = RECORD.unpack_from(copy, _NODE.size + 4)  # fmt: skip
-        note = self._order.note_of(copy, int.from_bytes(copy[_NODE.size : _NODE.size + 4], "little"), num_blocks)
-        at = _NODE.size + 4 + RECORD.size
+        ) = RECORD.unpack_from(copy, COPY_RECORD_AT)  # fmt: skip
+        _, _, count, priority, _, _ = COPY_ORDER.unpack_from(copy)
+        at = COPY_RECORD_AT + RECORD.size
         key, at = copy[at : at + key_bytes].decode(), at + key_bytes
         prefix, at = copy[at : at + prefix_bytes].decode(), at + prefix_bytes
         offset = self._data_offset + start * self._geometry.block_size
-        entry = CacheEntry(key, prefix, offset, size, created, accessed, note[3], note[5], tokens, layer)
+        entry = CacheEntry(key, prefix, offset, size, created, accessed, count, priority, tokens, layer)
         if tensor_bytes:
             entry.framework, _, described = copy[at : at + tensor_bytes].decode().partition(":")
             entry.dtype, *shape = described.split(" ")
             entry.shape = tuple(map(int, shape))
-        return note, entry
+        return entry
 
     def can_allocate(self, size: int) -> bool:
         """Whether `allocate` of so many bytes would succeed now, evicting others if need be.
@@ -5204,7 +5211,15 @@ class KVCachePool:
         parent = os.path.dirname(os.path.abspath(path))
         with _os_errors(f"make the directory {parent}"):
             os.makedirs(parent, exist_ok=True)
-        return write_snapshot(path, self._config, self._describe_all(), _PoolReader(self), progress)
+        keys, total, room = [], 0, 0
+        text_at = COPY_RECORD_AT + RECORD.size
+        for copy in self._copy_all():
+            size, *lengths = COPY_SIZES.unpack_from(copy, COPY_RECORD_AT)
+            texts = copy[text_at : text_at + sum(lengths)]
+            keys.append(key := texts[: lengths[0]].decode())
+            total += size
+            room += header_room(key, texts)
+        return write_snapshot(path, self._config, keys, total, room, _PoolReader(self), progress)
 
     @_locked
     def _copy_small(self, keys: list[str]) -> tuple[list[bytes], list[bytes]]:

@@ -7806,6 +7806,7 @@ class TestCommandLine:
 
         class FakeTime:
             monotonic = staticmethod(lambda: now[0])
+            sleep = staticmethod(time.sleep)
             time = staticmethod(time.time)
 
         monkeypatch.setattr(kv, "time", FakeTime)
@@ -7848,6 +7849,7 @@ class TestCommandLine:
 
         class FakeTime:
             monotonic = staticmethod(lambda: next(ticks))
+            sleep = staticmethod(time.sleep)
             time = staticmethod(time.time)
 
         monkeypatch.setattr(kv, "time", FakeTime)
