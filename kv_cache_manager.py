@@ -56,6 +56,11 @@ Who locks what
   has seen that the path still leads to that file. Calls to a pool never take it.
 * `flock` on the store directory is held while a name is taken in one of the two tiers, so that no name is in both.
   Nobody waits for another lock while holding it.
+* What takes long works in steps of some milliseconds under the lock. A process that sleeps until it gets the lock sets
+  the word WAITED_FOR, and those that work in steps let it go first. A sweep over all entries follows the key chains: a
+  key that is overwritten stays in its chain, so a key that is there throughout is seen exactly once.
+* A forked child shares its parent's open files, and so all of these locks. A page that the kernel wipes at every fork
+  tells it so, before it touches anything: it opens the file anew, and takes a session of its own.
 
 After a crash
 -------------
