@@ -3758,6 +3758,25 @@ class TestOutliving:
             finally:
                 gc.enable()
 
+    def test_without_the_order_of_x86_nothing_is_done_without_the_lock(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kv, "LOADS_IN_ORDER", False)
+        with make_pool(4) as keeper, KVCachePool.attach("pool") as pool:
+            keeper.put("k", payload("k", 4 * BLOCK_SIZE))
+            taken: list[str] = []
+            with pool.view("k") as view:
+                assert pool._reader == 0
+                assert pool._table.pinned_by(pool._segment.session, pool._table.used()) == [1]
+                assert not self.fits(keeper)
+                assert bytes(view) == payload("k", 4 * BLOCK_SIZE)
+            assert pool._table.pinned_by(pool._segment.session, pool._table.used()) == []
+            monkeypatch.setattr(KVCachePool, "_describe", lambda self, key: taken.append("in"))
+            monkeypatch.setattr(KVCachePool, "_get", lambda self, *what: taken.append("get"))
+            assert "k" not in pool
+            assert pool.get("absent") is None
+            assert taken == ["in", "get"]
+            monkeypatch.undo()
+            assert self.fits(keeper)
+
 
 class TestForks:
     """A child must not use its parent's lock and session, whether or not Python's hooks run at the fork."""
