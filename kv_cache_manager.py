@@ -190,7 +190,7 @@ FAULT_AROUND = 64 << 10  # bytes; a read fault maps all pages of such a window, 
 PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits for room before it fails
 # What takes long is done in steps of 1 to 5 ms under the lock: so many entries described, evicted or moved; slots or
 # key chains passed over; bytes moved; seconds in between, and how often at most.
-ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, STEP_BYTES = 256, 1 << 16, 1 << 16, 4 << 20
+ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, MOVES_A_STEP, STEP_BYTES = 256, 1 << 13, 1 << 16, 64, 4 << 20
 STEP_PAUSE, MAX_PAUSES = 1e-4, 100
 ENDING_PATIENCE = 1.0  # seconds that the end of a process waits for a daemon thread to end its call
 RESERVE_CHUNK = 256 << 20
@@ -1498,6 +1498,7 @@ class EvictionManager:
 # Pure functions that say what to evict and to move so that free blocks lie together. Entries in use can do neither:
 # they cut the data region into sections, and every value lies in one of them.
 
+MAX_TARGETS = 8
 Extent = tuple[int, int, int]  # first block, number of blocks, slot
 Move = tuple[int, int]  # slot, new first block
 Plan = tuple[list[int], list[Move]]  # slots to evict; then what to move, in this order
@@ -1568,16 +1569,15 @@ def plan_room(sections: list[Section], num_blocks: int, candidates: Iterable[int
 
     # Between `least` victims and all of them, which make room in one section, moving entries to other sections may do.
     enough, step = least, 1
-    while enough < len(victims) and (moves := moves_after(enough)) is None:
+    while (moves := moves_after(enough)) is None:
         least, enough, step = enough + 1, min(enough + step, len(victims)), 2 * step
     while least < enough:
         middle = (least + enough) // 2
-        if moves_after(middle) is None:
+        fewer = moves_after(middle)
+        if fewer is None:
             least = middle + 1
         else:
-            enough = middle
-    moves = moves_after(enough)
-    assert moves is not None
+            enough, moves = middle, fewer
     return victims[:enough], moves
 
 
@@ -1615,14 +1615,14 @@ def slide(extents: list[Extent], low: int) -> list[Move]:
 def plan_exchange(sections: list[Section], num_blocks: int) -> list[Move] | None:
     """The moves that free `num_blocks` together in one section by moving entries to others; None if none are found.
 
-    Best fit: the smallest entry that is enough alone, else the largest, goes where it leaves the least room.
+    Best fit: the smallest entry that is enough alone, else the largest, goes where it leaves the least room. Of the
+    sections that are wide enough only the `MAX_TARGETS` with the most free blocks are tried.
     """
     free = [section.num_free for section in sections]
     rooms = sorted((room, number) for number, room in enumerate(free) if room)
-    for _, target in sorted(((room, number) for number, room in enumerate(free)), reverse=True):
-        low, high, extents = sections[target]
-        if high - low < num_blocks:
-            continue
+    wide = ((room, n) for n, room in enumerate(free) if sections[n].high - sections[n].low >= num_blocks)
+    for _, target in heapq.nlargest(MAX_TARGETS, wide):
+        low, _, extents = sections[target]
         missing = num_blocks - free[target]
         room = [item for item in rooms if item[1] != target]
         remaining = sorted((length, start, slot) for start, length, slot in extents)
@@ -1924,7 +1924,11 @@ class Segment:
             _adopt_pools()
         try:
             while True:
-                with _no_fork:  # a child must know of every file on which we take locks
+                if wait:
+                    with _no_fork:  # a child must know of every file on which we take locks
+                        self.fd = os.open(path, flags, 0o600)
+                        _segments.add(self)
+                else:  # in a destructor even that could be for ever; `close` unlocks what a child has too
                     self.fd = os.open(path, flags, 0o600)
                     _segments.add(self)
                 if wait and not make:
@@ -2086,8 +2090,8 @@ class Segment:
         a lock that the kernel drops with the process can't."""
         return session == self.session or _byte_is_locked(self.fd, SESSION_BYTE + session)
 
-    def join_locked(self) -> None:
-        """Take a free session. Dead ones must have been cleared away before."""
+    def claim_session_locked(self) -> int:
+        """Take a free session and return its number. Dead ones must have been cleared away before."""
         taken = self.session_pids()
         base = self.header.geometry.index_offset // 8
         for number in range(MAX_SESSIONS):
@@ -2095,8 +2099,7 @@ class Segment:
                 self.words[base + MAX_SESSIONS + number] = 0
                 self.words[TOP_SESSION] = max(self.words[TOP_SESSION], number + 1)
                 self.words[base + number] = os.getpid()
-                self.session = number
-                return
+                return number
         raise StorageError(
             f"{self.path} is open {MAX_SESSIONS} times, the limit: close a handle or use one per process"
         )
@@ -2127,10 +2130,12 @@ class Segment:
 
     def reopen_after_fork(self) -> None:
         """In a forked child: get locks of our own, and let go of the parent's."""
-        inherited = self.fd
         self.session = -1
-        self.fd = os.open(f"/proc/self/fd/{inherited}", os.O_RDWR | os.O_CLOEXEC)
-        os.close(inherited)
+        own = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.dup2(own, self.fd, inheritable=False)
+        finally:
+            os.close(own)
         _record_lock(self.fd, fcntl.F_RDLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLKW)
 
     def __del__(self) -> None:
@@ -2146,7 +2151,13 @@ class Segment:
                 os.close(fd)
 
     def close(self) -> None:
-        """Let go of locks and memory. Memory that a view still shows stays mapped until the last such view is gone."""
+        """Close the files and the memory. Memory that a view still shows stays mapped until the last such view is gone.
+
+        Locks are freed by name: a child of a fork in C may have the files open too, without knowing of it.
+        """
+        if self.fd >= 0 and _own_process[0]:
+            with contextlib.suppress(OSError):
+                _record_lock(self.fd, fcntl.F_UNLCK, NAME_BYTE, fcntl.F_OFD_SETLK)
         self._close_files()
         for name in ("halves", "words", "floats", "read_only", "buffer"):
             if hasattr(self, name):
@@ -2207,8 +2218,8 @@ def _adopt_pools() -> None:
     with _adopting:
         if _own_process[0] or _adoptions:  # done; or one of the calls below comes back here
             return
-        _adoptions.append(1)
         try:
+            _adoptions.append(1)
             _no_fork = threading.RLock()
             _forking.clear()
             pools = _known_pools()
@@ -3420,11 +3431,21 @@ def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview
     """
     pool = pool_ref()
     if pool is not None and pool._reader_ref is ref and pool._segment is not None and _own_process[0]:
-        table = pool._table
-        table.read(0)
-        with pool._barrier:  # as in `_release_pin`
-            if table.halves[table.record(pool._holds.get(pool._reader, 0))] == CONDEMNED:
-                pool._words[UNREAD] = 1
+        with contextlib.suppress(ValueError, PoolClosedError):  # another thread has just ended the session
+            table = pool._table
+            table.read(0)
+            with pool._barrier:  # as in `_release_pin`
+                if table.halves[table.record(pool._holds.get(pool._reader, 0))] == CONDEMNED:
+                    pool._words[UNREAD] = 1
+
+
+def _try_lock(lock: Any) -> Any:
+    """Context manager that takes an RLock if it is free; if not, the end of the block is a RuntimeError.
+
+    Both ends are C code, so no interrupt can come between taking the lock and the block.
+    """
+    acquire = staticmethod(functools.partial(lock.acquire, False))
+    return type("TryLock", (), {"__enter__": acquire, "__exit__": staticmethod(lock.__exit__)})()
 
 
 def _array_gone(pool_ref: weakref.ref[KVCachePool], token: int, _: weakref.ref[memoryview]) -> None:
@@ -3436,19 +3457,16 @@ def _array_gone(pool_ref: weakref.ref[KVCachePool], token: int, _: weakref.ref[m
     if pool is not None and pool._segment is not None and not pool._closing and _own_process[0]:
         pool._array_refs.pop(token, None)
         pool._untidy.append(token)
-        if pool._mutex.acquire(blocking=False):
-            try:
-                if not pool._is_locked and pool._segment is not None and pool._segment.can_be_locked(0):
-                    pool._join()
-            finally:
-                pool._mutex.release()
+        with contextlib.suppress(CacheError, RuntimeError), _try_lock(pool._mutex) as taken:
+            if taken and not pool._is_locked and pool._segment is not None and pool._segment.can_be_locked(0):
+                pool._join()
 
 
 def _view_gone_after_close(ref: _ViewRef) -> None:
     """End the session of a closed handle when its last view has gone; without locks, as for a process that has died."""
     pool = ref.pool
     pool._gone_views.append(ref)
-    if not pool._is_locked and {gone.token for gone in pool._gone_views}.issuperset(pool._holds):
+    if not pool._is_locked and pool._is_unused():
         pool._end_unlocked()
 
 
@@ -3689,6 +3707,7 @@ class KVCachePool:
         self._writes: set[int] = set()  # the tokens that write
         self._pins: dict[int, int] = {}  # slot -> how many of our tokens pin it
         self._reader = 0  # the token that pins by way of the session table
+        self._releasing = 0  # the token whose pin `_release_pin` is just ending
         self._view_refs: dict[int, _ViewRef] = {}
         _all_view_refs[id(self._view_refs)] = self._view_refs
         self._pins_by_key: dict[bytes, list[int]] = {}
@@ -3718,6 +3737,7 @@ class KVCachePool:
             self._table.blocks_of,
             segment.map_ghosts() if self._config.eviction_policy == EvictionPolicy.ADAPTIVE.value else None,
         )
+        self._own_names = {*self.__dict__, "_own_names", "_lost"}
         _open_pools.add(self)
         segment.is_owned = True
         try:
@@ -3748,11 +3768,14 @@ class KVCachePool:
             if self._gone_views or self._untidy:
                 self._join()
             self._close_if_unused()
-            if self._segment is not None:
-                self._outlive()
+            if self._segment is not None and not self._outlive():
+                self._close_if_unused()
 
     def _outlive(self) -> bool:
-        """Let this handle live on until the last of its views is gone; False if none is left."""
+        """Let this handle live on until the last of its views is gone; False if none is left, and it must be ended.
+
+        From now on the end of each view asks whether it was the last one.
+        """
         for token, ref in list(self._view_refs.items()):
             owner = ref()
             if owner is not None:
@@ -3800,7 +3823,10 @@ class KVCachePool:
         lent = {token for token, ref in self._view_refs.items() if ref() is not None}
         for token in self._holds.keys() - lent:
             del self._holds[token]
-        if not self._outlive():
+        if self._outlive():
+            for name in self.__dict__.keys() - self._own_names:  # a caller's, which may lead back to the views
+                del self.__dict__[name]
+        else:
             self._end_unlocked()
 
     def _end(self) -> None:
@@ -3833,10 +3859,13 @@ class KVCachePool:
     def _close_if_unused(self) -> None:
         """The second half of `close`, once no view and no copy under way needs the memory."""
         with self._mutex:
-            if not self._closing or self._segment is None or self._holds:
-                return
-            self._leave()
-            self._shut(wait=True)
+            if self._closing and self._segment is not None and not self._is_locked and self._is_unused():
+                self._leave()
+                self._shut(wait=True)
+
+    def _is_unused(self) -> bool:
+        """Return True if all that this handle holds are views whose last user has gone."""
+        return {ref.token for ref in list(self._gone_views)}.issuperset(list(self._holds))
 
     def _end_unlocked(self) -> None:
         """End the session without a lock: others see from its lock byte that it is over, as they do for the dead."""
@@ -3862,12 +3891,16 @@ class KVCachePool:
         def is_ours(header: SegmentHeader | None) -> bool:
             return header is not None and header.identity == self._identity  # not a later pool of that name
 
-        with _os_errors(f"delete {self._path}"), contextlib.suppress(FileNotFoundError):
-            if not is_ours(read_header(self._path)):  # never waits for the maker of a later one
+        path = self._path
+        if self._segment is not None and not os.path.lexists(path):
+            with contextlib.suppress(OSError):  # its directory was renamed meanwhile
+                path = os.readlink(f"/proc/self/fd/{self._segment.fd}")
+        with _os_errors(f"delete {path}"), contextlib.suppress(FileNotFoundError):
+            if not is_ours(read_header(path)):  # never waits for the maker of a later one
                 return
-            with Segment(self._path, wait=wait) as segment:
-                if is_ours(read_header(self._path)) and not (only_if_unused and segment.is_in_use()):
-                    os.unlink(self._path)
+            with Segment(path, wait=wait) as segment:
+                if is_ours(read_header(path)) and not (only_if_unused and segment.is_in_use()):
+                    os.unlink(path)
 
     def _after_fork(self) -> None:
         """In a forked child: locks and session of our own, and none of the parent's views, pins and writes."""
@@ -3880,6 +3913,7 @@ class KVCachePool:
         self._writes.clear()
         self._gone_views.clear()
         self._reader, self._reader_ref = 0, None
+        self._releasing = 0
         self._untidy = [0]
         _lent_out.discard(self)
         if segment is not None and self._closing:  # the views that it waits for are the parent's
@@ -3914,8 +3948,8 @@ class KVCachePool:
             self._follow_policy_locked()
         if segment.session < 0:
             self._reap_locked()
-            segment.join_locked()
-            self._table.act_for(segment.session)
+            self._table.act_for(segment.claim_session_locked())  # first: after a fork it still acts for the parent
+            segment.session = self._table.session
         elif untidy:
             self._tidy_locked(self._untidy)
         while self._gone_views:
@@ -3954,9 +3988,9 @@ class KVCachePool:
             self._view_refs.pop(token, None)
         if self._reader not in self._holds:
             self._reader, self._reader_ref = 0, None
-        bits = self._holds.keys() - self._writes - {self._reader}
+        bits = self._holds.keys() - self._writes - {self._reader, self._releasing}
         self._pins = dict(Counter(self._holds[token] for token in bits))
-        table.read(self._holds.get(self._reader, 0))
+        table.read(0 if self._reader == self._releasing else self._holds.get(self._reader, 0))
         writing = {self._holds[token] for token in self._writes if token in self._holds}
         for among in (table.used(),) if 0 in slots else (range(slot, slot + 1) for slot in slots):
             self._settle_locked({table.session: (self._pins.keys(), writing)}, among)
@@ -4128,11 +4162,13 @@ class KVCachePool:
             with self._mutex:  # to the end: another thread that closes the pool must not come in between
                 if token == self._reader and not self._is_locked:
                     slot = self._holds[token]
+                    before, self._releasing = self._releasing, token  # half a hold, if a callback comes in and tidies
                     self._table.read(0)
                     self._reader, self._reader_ref = 0, None  # now: a signal handler may have opened a view just before
                     with self._barrier:  # looked at last, for it may just become so: see `_drop_locked`
                         is_condemned = self._table.halves[self._table.record(slot)] == CONDEMNED
                     del self._holds[token]  # now: a signal handler that closed the pool would have unmapped it
+                    self._releasing = before
                     if is_condemned:
                         self._free_unread(slot)
                 else:
@@ -4154,7 +4190,8 @@ class KVCachePool:
     def _unpin_all(self) -> None:
         for tokens in list(self._pins_by_key.values()):
             for token in tokens:
-                self._release_pin(token)
+                if token in self._holds:  # else an interrupt came before it was a pin
+                    self._release_pin(token)
         self._pins_by_key.clear()
 
     # --- room --------------------------------------------------------------------------------------------------------
@@ -4663,9 +4700,11 @@ class KVCachePool:
             self._view_refs.pop(token, None)
             return
         with self._mutex:  # the pin stays until the arrays that were made from it go
-            if token == self._reader:
+            if self._closing:
+                self._outlive()
+            elif token == self._reader:
                 self._reader_ref = weakref.ref(owner, self._reader_gone)
-            elif not self._closing:
+            else:
                 gone = functools.partial(_array_gone, weakref.ref(self), token)
                 self._array_refs[token] = weakref.ref(owner, gone)
 
@@ -4937,7 +4976,7 @@ class KVCachePool:
     def find_by_prefix(self, prefix_hash: str) -> list[CacheEntry]:
         """The entries stored with that prefix hash, oldest first.
 
-        Cost: their number, not the pool's, up to a thousand; beyond that, or for the prefix hash "", a pass over all
+        Cost: their number, not the pool's, up to some hundred; beyond that, or for the prefix hash "", a pass over all
         entries in steps, between which others get the lock.
         """
         prefix = _encode_prefix(prefix_hash)
@@ -4951,8 +4990,11 @@ class KVCachePool:
         return sorted((self._decode(copy) for copy in found if copy), key=lambda entry: entry.created_at)
 
     def count_by_prefix(self, prefix_hash: str) -> int:
-        """How many entries were stored with that prefix hash; for less than `find_by_prefix` costs, else the same."""
+        """How many entries were stored with that prefix hash. Cost and steps as for `find_by_prefix`."""
         prefix = _encode_prefix(prefix_hash)
+        found = self._find_prefix(prefix)
+        if found is not None:
+            return len(found)
         return sum(self._sweep(lambda slot: self._table.has_prefix(slot, prefix)))
 
     @_locked
@@ -5187,7 +5229,7 @@ class KVCachePool:
                 start, num_blocks = table.extent(slot)
                 gap = self._allocator.free_before_locked(start)
                 if gap:
-                    if moved and num_blocks > budget:
+                    if moved and (num_blocks > budget or moved == MOVES_A_STEP):
                         return moved, number
                     self._move_locked(slot, start - gap)
                     budget -= num_blocks
@@ -5557,17 +5599,27 @@ def _end_all() -> None:
 
 
 def _before_fork() -> None:
+    if not _own_process[0]:
+        _adopt_pools()
+    _forking.add(threading.get_ident())  # first: an interrupt in between must not leave the lock taken
     _no_fork.acquire()
-    _forking.add(threading.get_ident())
 
 
 def _after_fork_in_parent() -> None:
     if threading.get_ident() in _forking:  # else an extension calls this hook without the one before it
         _forking.discard(threading.get_ident())
-        _no_fork.release()
+        with contextlib.suppress(RuntimeError):
+            _no_fork.release()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_adopt_pools)
+def _after_fork_in_child() -> None:
+    global _adopting  # noqa: PLW0603  # another thread of the parent may hold it for ever
+    _adopting = threading.RLock()
+    _adoptions.clear()
+    _adopt_pools()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 # ======================================================================================================================
@@ -5934,6 +5986,7 @@ class PrefixCache:
                 stored += 1
             pool._requeue([encode_key(key) for key in hashes[: stored + shared]])
             pool._unpin_many(tokens)
+            pool._close_if_unused()
         except BaseException:
             pool._untidy.extend(tokens)
             pool._tidy_up()
@@ -6436,6 +6489,7 @@ class _OpenPath:
 
     def __exit__(self, *_: object) -> None:
         self.pool._close_path(self.views, self.token)
+        self.pool._close_if_unused()  # if another thread has closed it meanwhile
 
 
 def _is_batch(tokens: Any) -> bool:
