@@ -4265,6 +4265,11 @@ class KVCachePool:
         return self._allocator.find_locked(num_blocks)
 
     def _plan_room_locked(self, num_blocks: int, need_slot: bool, old: int) -> Plan | None:
+        in_use, _ = self._fixed_locked(self._table.used())  # takes far less than the whole layout
+        if all(
+            section.num_free < num_blocks for section in cut_sections([], sorted(in_use), self._geometry.num_blocks)
+        ):
+            return None
         movable, fixed = self._table.layout()
         sections = cut_sections(movable, fixed, self._geometry.num_blocks)
         return plan_room(sections, num_blocks, self._candidates_locked(old), need_slot)
@@ -4377,9 +4382,9 @@ class KVCachePool:
 
         Copies take microseconds to milliseconds; pins that last longer are real, and the attempt fails.
         """
+        started, pause = time.monotonic(), 1e-4
         result = attempt()
         if not result and self._geometry.blocks_for(size) <= self._geometry.num_blocks:
-            started, pause = time.monotonic(), 1e-4
             while not result and self._segment is not None:
                 others_write = self._words[NUM_BUSY] > len(self._writes)
                 if time.monotonic() - started > (PATIENCE_FOR_WRITES if others_write else PATIENCE_FOR_PINS):
@@ -5076,6 +5081,9 @@ class KVCachePool:
 
     @_locked
     def _fixed(self, among: range) -> tuple[list[Extent], bool]:
+        return self._fixed_locked(among)
+
+    def _fixed_locked(self, among: range) -> tuple[list[Extent], bool]:
         """(the extents in use of some slots; whether any of them could be evicted)."""
         table = self._table
         pinned = [slot for slot in table.pinned(among) if table.halves[table.record(slot)] == COMPLETE]

@@ -5924,6 +5924,11 @@ class TestForModel:
 
     TOKENS = tuple(range(5, 75))
 
+    @pytest.fixture(autouse=True)
+    def _needs_libraries(self) -> None:
+        for name in ("torch", "transformers"):
+            pytest.importorskip(name, reason=f"{name} is not installed: model tests are left out")
+
     def compute(self, model: Any, tokens: Any) -> Any:
         import torch
 
