@@ -847,6 +847,7 @@ class TestPlanning:
             need_slot = randomness.random() < 0.2
             plan = kv.plan_room(sections, wanted, order, need_slot)
             widest = max(section.high - section.low for section in sections)
+            assert kv.widest_section(in_use[::-1], num_blocks) == widest
             if widest < wanted or (need_slot and not order):
                 assert plan is None
                 continue
