@@ -18,8 +18,8 @@ Byte offsets; every section starts where the one before ends, rounded up as note
     index_offset      3 * 128 * 8                   session table: the pid of each open handle, 0 = free; then for each
                                                     the slot that its view or copy under way reads, 0 = none; then
                                                     for each the misses that it has counted
-    (rounded up to 8) 2 * num_slots * 4             heads of the key chains, heads of the prefix chains
-                      64 * num_slots + 128          eviction order: a 40-byte node a slot, a 24-byte bucket a slot
+                      2 * num_slots * 4             heads of the key chains, heads of the prefix chains
+                      64 * num_slots + 104          eviction order: a 40-byte node a slot, a 24-byte bucket a slot
                       440 * (num_slots + 1)         entry table: one record a slot; slot 0 is never used
                       16 * config.record            the last accesses, a ring: digest of the key; size * 4, + 2 for
                                                     the first one of a request, + 1 for a hit
@@ -42,18 +42,20 @@ Who locks what
 --------------
 * The lock of a pool is `flock` on the segment's own file, plus a thread lock in each process. All metadata is read and
   written under it. Values of up to 64 KiB are copied under it too; larger ones outside, protected by a WRITING record
-  or a pin. Two things are done without it. A session clears its own word of the session table, to let go of what it
-  has read. That saves a view half of its cost; a second one at the same time takes a bit in the record, and the lock.
-  And a key is looked up: who changes key chains sets DIRTY and counts CHANGES up before, so a walk that found the one
-  clear and the other the same at its start and at its end has seen chains at rest. That halves what a miss costs, and
-  lets misses of all processes pass at once.
+  or a pin. Four things are done without it. A session clears its own word of the session table, to unpin what it has
+  read, and may then set UNREAD. That saves a view half of its cost; a second one at the same time takes a bit in the
+  record, and the lock. A key is looked up: a writer sets DIRTY and increments CHANGES before it changes a key chain, so
+  a lookup is valid if DIRTY was clear and CHANGES was the same before and after the walk. That halves the cost of a
+  miss, and lets misses of all processes pass at once. A miss is counted in the session's own word. WAITED_FOR is set and
+  cleared, and is only a hint.
 * A session (one open handle) holds an open-file-description lock on a byte of its own, far behind the end of the file.
   The kernel drops it when the process dies: that is how pins and WRITING records of the dead are told from those of
   the living. A second byte, locked shared by every handle, tells whether anybody has the pool open.
 * Making, opening and removing a segment are serialized by a lock on one more byte of its file, the lock on its name.
   It works for processes that share nothing but /dev/shm. A maker holds it until the header is published, so a segment
   without a header whose name is not locked has lost its maker, and is removed. Whoever unlinks a segment holds it, and
-  has seen that the path still leads to that file. Calls to a pool never take it.
+  has seen that the path still leads to that file. Calls that read or write entries never take it; `unlink` does, and so
+  does the end of a handle on a transient pool.
 * `flock` on the store directory is held while a name is taken in one of the two tiers, so that no name is in both.
   Nobody waits for another lock while holding it.
 * What takes long works in steps of some milliseconds under the lock. A process that sleeps until it gets the lock sets
@@ -67,7 +69,9 @@ After a crash
 A process that dies inside a change leaves the header word DIRTY set; the kernel frees the lock. Whoever locks next sees
 the word, finishes a block move that was under way (its journal is in the header), and rebuilds everything derived from
 the records. Dying in the rebuild leaves DIRTY set again. A process that dies outside a change leaves at most WRITING
-records and pins; they are reclaimed when somebody opens the pool, needs their room, asks for statistics or checks.
+records, pins, and CONDEMNED records that nobody pins any more; they are reclaimed when somebody opens the pool, needs
+their room, asks for statistics or checks. A waiter that dies leaves WAITED_FOR set; the next call that works in steps
+clears it after MAX_PAUSES pauses.
 A maker that dies leaves a file without a header, and the last user of a transient pool leaves the pool. Both are
 removed when somebody opens or lists that name, prunes, or needs their room to make another pool.
 """
@@ -1543,8 +1547,8 @@ def plan_room(sections: list[Section], num_blocks: int, candidates: Iterable[int
     """What to evict, first `candidates` first, and to move, so that `num_blocks` free ones lie together.
 
     No more is evicted than must be. `need_slot`: at least one entry goes. None if pins make it impossible, which is
-    known before any candidate is looked at. Takes 1 us an extent; about 10 times that where values are pinned and no
-    section gets room enough by evicting alone.
+    known before any candidate is looked at. Takes 1 us an extent; up to 7 where pins split the free blocks, and entries
+    must change sections.
     """
     if all(section.high - section.low < num_blocks for section in sections):
         return None
@@ -2621,10 +2625,11 @@ class EntryTable:
         return sorted(movable), sorted(fixed)
 
     def chains(self, first: int, budget: int) -> tuple[list[int], int]:
-        """(the slots in the key chains from number `first` on, until they are `budget`; the number of the next chain).
+        """Return the slots in the key chains from number `first` on, and the number of the next chain.
 
-        An overwritten key stays in its chain: a sweep in steps over all chains, the last of which is num_slots - 1,
-        sees every key exactly once that is there throughout.
+        It stops after about `budget` slots, in groups of 64 chains, or after MAX_CHAINS_A_STEP chains. An overwritten
+        key stays in its chain: a sweep in steps over all chains, the last of which is num_slots - 1, sees every key
+        exactly once that is there throughout.
         """
         halves, heads = self.halves, self._key_heads
         slots: list[int] = []
@@ -3433,7 +3438,7 @@ class _ViewRef(weakref.ref):  # type: ignore[type-arg]
 
 
 def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview]) -> None:
-    """Let others have at once what the view showed that pins by way of the session table; the next call does the rest.
+    """Clear our word of the session table when the last user of that view has gone; the next call does the rest.
 
     An interrupt in here is lost, as in any callback of a weak reference; that is why the reference of `_lend`, whose
     callback is C code, is another one. It is called after this one, and until then nobody else changes the word.
@@ -4206,8 +4211,10 @@ class KVCachePool:
     # --- room --------------------------------------------------------------------------------------------------------
 
     def _find_room_locked(self, key: bytes, num_blocks: int) -> tuple[int, int] | None:
-        """(start of so many free blocks, slot of the value that is there now or 0) with a slot to spare, after evicting
-        and moving what must be; None if pins are in the way, and then nothing has changed."""
+        """Return (start of `num_blocks` free blocks, slot of the value under `key` or 0), and see that a slot is free.
+
+        Evicts and moves what must go. None, and nothing has changed, if pins are in the way.
+        """
         table, words = self._table, self._words
         old = table.find(key)
         full = self._is_full_locked(old)
@@ -5177,8 +5184,8 @@ class KVCachePool:
     def configure_adaptive(self, weights: Mapping[str, float] | None) -> None:
         """Let adaptive go by fixed weights, in every process: `recency_weight`, `frequency_weight`, `size_weight`.
 
-        What lacks is 0; they count as shares of their sum. None: by reuse gaps again, as at first. InvalidArgumentError
-        for other names or values, or while the policy is another one.
+        Missing weights are 0; weights are normalised to sum to 1. None: by reuse gaps again, as at first.
+        InvalidArgumentError for other names or values, or while the policy is another one.
         """
         packed = pack_weights(weights)
         if not self._order.is_adaptive:
@@ -5211,7 +5218,7 @@ class KVCachePool:
                 f"the header counts {self._words[ALLOCATED]} blocks in use, there are {expected.get_usage()[0]}"
             )
         if not self._allocator.hints_are_true():
-            problems.append("the header says of free blocks that there are none so near the start")
+            problems.append("the free-block hint is past the first free block or run")
         if self._words[MOVE_SLOT]:
             problems.append(f"a move of slot {self._words[MOVE_SLOT]} is under way, outside of any change")
         if fix and problems:
