@@ -46,8 +46,8 @@ Who locks what
   read, and may then set UNREAD. That saves a view half of its cost; a second one at the same time takes a bit in the
   record, and the lock. A key is looked up: a writer sets DIRTY and increments CHANGES before it changes a key chain, so
   a lookup is valid if DIRTY was clear and CHANGES was the same before and after the walk. That halves the cost of a
-  miss, and lets misses of all processes pass at once. A miss is counted in the session's own word. WAITED_FOR is set and
-  cleared, and is only a hint.
+  miss, and lets misses of all processes pass at once. A miss is counted in the session's own word. WAITED_FOR is set
+  and cleared, and is only a hint.
 * A session (one open handle) holds an open-file-description lock on a byte of its own, far behind the end of the file.
   The kernel drops it when the process dies: that is how pins and WRITING records of the dead are told from those of
   the living. A second byte, locked shared by every handle, tells whether anybody has the pool open.
