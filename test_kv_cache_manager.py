@@ -1837,6 +1837,23 @@ class TestSnapshot:
         pool.close()
         assert [now for now in seen if now[1] == total] == [(n * (MiB + 5), total) for n in (1, 2, 3)]
 
+    @pytest.mark.parametrize("low", [0, -(1 << 63)])
+    @pytest.mark.parametrize("key", ["{}", 'k"\\\x01é{}'])
+    def test_there_is_room_for_the_header_of_any_entries(self, low: int, key: str, tmp_path: Path) -> None:
+        """With the longest of numbers, names and shapes, and texts that JSON must escape, within JSON too."""
+        shape = (1,) * 32
+        high = {"priority": low, "layer_index": low, "sequence_length": (1 << 63) - 1}
+        tensor = {"dtype": "F8_E4M3FNUZ", "shape": shape, "framework": "transformers"}
+        with make_pool(600) as pool:
+            for i in range(500):
+                assert pool.put(key.format(i), b"1", prefix_hash='"\\' * 20, **high, **tensor)
+            assert pool.persist(tmp_path / "file")
+            expected = pool.entries[key.format(7)]
+        with self.restored(tmp_path / "file") as pool:
+            assert len(pool) == 500
+            found = pool.entries[key.format(7)]
+            assert (found.prefix_hash, found.priority, found.shape) == (expected.prefix_hash, low, shape)
+
     def test_progress_stays_within_a_hundred_percent_when_values_grow(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -3705,6 +3722,58 @@ class TestOutliving:
         del view
         assert not os.path.exists(path)
 
+    def test_a_closed_handle_ends_whichever_of_its_views_goes_last(self) -> None:
+        """By the word of the session or by a bit of the record; by the end of its block or by that of a slice."""
+        for first in ("slice", "block"):
+            with make_pool(4) as keeper:
+                for key in "ab":
+                    keeper.put(key, payload(key, BLOCK_SIZE))
+                pool = KVCachePool.attach("pool")
+                manager = pool.view("a")
+                manager.__enter__()
+                with pool.view("b") as view:
+                    kept = [view[:]]
+                pool.close()
+                if first == "slice":
+                    kept.clear()
+                    manager.__exit__(None, None, None)
+                else:
+                    manager.__exit__(None, None, None)
+                    kept.clear()
+                assert pool._segment is None
+                assert not kv._lent_out
+                assert self.fits(keeper)
+
+    def test_a_close_while_a_path_is_read(self) -> None:
+        with make_pool(16) as keeper:
+            pool = KVCachePool.attach("pool")
+            cache = make_prefix_cache(pool, block_size=2)
+            hashes = cache.compute_block_hashes([1, 2, 3, 4])
+            cache.insert(hashes, [b"1" * 50, b"2" * 50])
+            with kv._OpenPath(cache, hashes) as opened:
+                pool.close()
+                assert [bytes(view) for view, _ in opened] == [b"1" * 50, b"2" * 50]
+                del opened
+            assert pool._segment is None
+            assert not kv._lent_out
+            assert_sound(keeper)
+
+    def test_a_slice_in_a_cycle_with_its_handle(self) -> None:
+        with make_pool(4) as keeper:
+            keeper.put("k", payload("k", 4 * BLOCK_SIZE))
+            pool = KVCachePool.attach("pool")
+            with pool.view("k") as view:
+                part = view[1:]
+            kept = [part[1:]]
+            pool.cycle = pool, part  # type: ignore[attr-defined]
+            del pool, part, view
+            gc.collect()
+            assert bytes(kept[0]) == payload("k", 4 * BLOCK_SIZE)[2:]
+            assert not self.fits(keeper)
+            kept.clear()
+            assert self.fits(keeper)
+            assert not kv._lent_out
+
     def test_a_view_that_dies_in_a_cycle_with_its_handle(self) -> None:
         pool = make_pool()
         path = pool._path
@@ -3913,6 +3982,49 @@ class TestForks:
             thread.join()
             assert code == 0
             assert pool.get("child") == b"1"
+
+    def test_os_fork_in_a_child_of_a_fork_in_c(self) -> None:
+        """Its hook takes a lock that a thread of the parent had at the first fork."""
+        with make_pool() as pool:
+            held, done = threading.Event(), threading.Event()
+
+            def hold() -> None:
+                with kv._no_fork:
+                    held.set()
+                    done.wait(60)
+
+            thread = threading.Thread(target=hold)
+            thread.start()
+            held.wait()
+
+            def work() -> None:
+                signal.alarm(20)
+                assert in_child(lambda: pool.put("grandchild", b"1") or None) == 0
+                signal.alarm(0)
+
+            code = self.fork_in_c(work)
+            done.set()
+            thread.join()
+            assert code == 0
+            assert pool.get("grandchild") == b"1"
+
+    def test_a_child_that_never_calls_keeps_no_name_locked(self) -> None:
+        import ctypes
+
+        with make_pool() as pool:
+            inlet, outlet = os.pipe()
+            with kv.Segment(pool._path):
+                pid = ctypes.PyDLL(None).fork()
+                if not pid:
+                    os.close(outlet)
+                    os.read(inlet, 1)
+                    os._exit(0)
+            try:
+                kv.Segment(pool._path, wait=False).close()
+            finally:
+                os.close(outlet)
+                os.close(inlet)
+                os.waitpid(pid, 0)
 
     def test_hooks_without_their_partners(self) -> None:
         import ctypes
@@ -4190,6 +4302,19 @@ class TestSteps:
             order = [pool._table.key(slot).decode() for slot in pool._order.victims_locked()]
             assert len(order) > 50
             assert list(pool) == order
+
+    @pytest.mark.parametrize("count", [0, 3, 60])
+    def test_count_by_prefix_counts_what_find_by_prefix_finds(self, count: int) -> None:
+        with make_pool(300) as pool:
+            for i in range(40):
+                pool.put(f"other {i}", b"x", prefix_hash="" if i % 2 else "q")
+            for i in range(count):
+                pool.put(f"k{i}", b"x", prefix_hash="p")
+            for prefix in ("p", "q", "", "absent"):
+                assert pool.count_by_prefix(prefix) == len(pool.find_by_prefix(prefix))
+            assert pool.count_by_prefix("p") == count
+            with pytest.raises(kv.InvalidArgumentError, match="prefix_hash 5"):
+                pool.count_by_prefix(5)
 
     def test_evict_takes_the_victims_of_one_call(self) -> None:
         with make_pool(100) as pool:
@@ -7042,6 +7167,13 @@ class TestLeftovers:
 
 class TestStorePaths:
     DEFAULT = os.path.join(".config", "cortex", "kv_cache")
+
+    def test_unlink_of_an_open_pool_whose_directory_was_renamed(self, tmp_path: Path) -> None:
+        with KVCachePool(make_config(tier="nvme"), store_path=tmp_path / "one") as pool:
+            (tmp_path / "one").rename(tmp_path / "two")
+            pool.unlink()
+            assert os.listdir(tmp_path / "two") == []
+            assert pool.put("k", b"still there for those who have it open")
 
     def test_a_tilde_is_expanded_everywhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
