@@ -3860,7 +3860,9 @@ class TestForks:
         if pid:
             return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         try:
-            if hook:
+            if hook and sys.version_info >= (3, 13):  # which does not survive this hook without the one before the fork
+                kv._after_fork_in_child()
+            elif hook:
                 ctypes.pythonapi.PyOS_AfterFork_Child()
             work()
             os._exit(0)
