@@ -6930,7 +6930,8 @@ class TestNames:
             "while time.monotonic() < end:",
             f"    pool = KVCachePool({open_config()}); number += 1; key = f'{{os.getpid()}} {{number}}'",
             "    assert pool.put(key, key.encode())",
-            "    with KVCachePool.attach('pool') as same: assert same.get(key) == key.encode()",
+            "    with KVCachePool.attach('pool') as same:",
+            "        assert same.get(key) == key.encode() or same.get_stats()['evictions']",  # by the puts of others
             "    pool.close()",
         )
         with contextlib.ExitStack() as stack:
