@@ -3806,7 +3806,7 @@ class KVCachePool:
     @property
     def config(self) -> CachePoolConfig:
         """How the pool was made, with the policy that it has now."""
-        if not (self._segment is None or self._closing or self._is_locked) and self._words[POLICY] != self._policy:
+        if not (self._segment is None or self._closing or self._is_locked) and self._word(POLICY) != self._policy:
             self._join()
         return self._config
 
@@ -4400,7 +4400,7 @@ class KVCachePool:
         result = attempt()
         if not result and self._geometry.blocks_for(size) <= self._geometry.num_blocks:
             while not result and self._segment is not None:
-                others_write = self._words[NUM_BUSY] > len(self._writes)
+                others_write = self._word(NUM_BUSY) > len(self._writes)
                 if time.monotonic() - started > (PATIENCE_FOR_WRITES if others_write else PATIENCE_FOR_PINS):
                     break
                 time.sleep(pause)
@@ -4954,14 +4954,29 @@ class KVCachePool:
         """Let others have the lock between two steps. A waiter that was stopped or killed is not waited for long."""
         time.sleep(STEP_PAUSE)
         for _ in range(MAX_PAUSES):
-            if not self._words[WAITED_FOR]:
+            if not self._word(WAITED_FOR):
                 return
             time.sleep(STEP_PAUSE)
+        self._forget_waiter()
+
+    @_locked
+    def _forget_waiter(self) -> None:
         self._words[WAITED_FOR] = 0
+
+    def _word(self, number: int) -> int:
+        """Read a word of the header without the lock; PoolClosedError if another thread closes the pool just now."""
+        try:
+            return int(self._words[number])
+        except ValueError:
+            raise PoolClosedError.of(self.name) from None
+
+    @_locked
+    def _num_used(self) -> int:
+        return len(self._table.used())
 
     def _ranges(self) -> Iterator[range]:
         """All slots that were ever used, so many at a time as may be passed over under one lock."""
-        end = self._table.used().stop
+        end = self._num_used() + 1
         for begin in range(1, end, SLOTS_A_STEP):
             if begin > 1:
                 self._give_way()
