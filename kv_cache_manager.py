@@ -106,6 +106,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
+from json.encoder import encode_basestring
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 
@@ -180,7 +181,7 @@ HALVES_PER_RECORD = RECORD_BYTES // 4
 # A copy of an entry: its eviction node (40 bytes), the number of its slot, its record.
 COPY_ORDER = struct.Struct("<12xI3qI20xI")  # whether it ends a prompt, sequence, uses, priority; slot; number of blocks
 COPY_RECORD_AT = 44
-COPY_SIZES = struct.Struct("<8xq80x3H")  # within the record: size in bytes, lengths of key, prefix, tensor description
+COPY_SIZES = struct.Struct("<40xI8xqI76x3H")  # slot, size in bytes, first block, lengths of key, prefix, tensor text
 FREE, WRITING, COMPLETE, CONDEMNED = range(4)
 
 COPY_UNDER_LOCK = 64 << 10  # bytes; a larger value is copied outside the lock
@@ -2104,7 +2105,7 @@ class Segment:
         return session == self.session or _byte_is_locked(self.fd, SESSION_BYTE + session)
 
     def claim_session_locked(self) -> int:
-        """Take a free session and return its number. Dead ones must have been cleared away before."""
+        """Take a free session and return its number, -1 if there is none. One of the dead is free once forgotten."""
         taken = self.session_pids()
         base = self.header.geometry.index_offset // 8
         for number in range(MAX_SESSIONS):
@@ -2113,9 +2114,7 @@ class Segment:
                 self.words[TOP_SESSION] = max(self.words[TOP_SESSION], number + 1)
                 self.words[base + number] = os.getpid()
                 return number
-        raise StorageError(
-            f"{self.path} is open {MAX_SESSIONS} times, the limit: close a handle or use one per process"
-        )
+        return -1
 
     def forget_session_locked(self, session: int) -> None:
         """Clear a session that nothing refers to any more; its misses stay counted."""
@@ -2763,21 +2762,34 @@ class SnapshotEntry(NamedTuple):
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def _describe_saved(entry: CacheEntry, crc32: int, name: str, begin: int) -> tuple[str, str]:
-    """(the item of "cortex_entries", the tensor) of an entry, whose name is in JSON already, as JSON.
+def _describe_saved(copy: bytes, names: set[str], crc32: int, begin: int) -> tuple[str, str]:
+    """Return (the item of "cortex_entries", the tensor) of a copied entry, as JSON; its tensor's name joins `names`.
 
-    Put together by hand: `json.dumps` of the same takes four times as long, which tells with 100,000 small entries.
+    Put together by hand, from the bytes: going by way of a CacheEntry and `json.dumps` takes five times as long, which
+    tells with 100,000 small entries.
     """
-    about = (
-        f'{name}:["{crc32:08x}",{_to_json(entry.key)},{_to_json(entry.prefix_hash)},{entry.created_at!r},'
-        f"{entry.last_accessed!r},{entry.access_count},{entry.priority},{entry.sequence_length},{entry.layer_index},"
-    )
-    offsets = f'"data_offsets":[{begin},{begin + entry.size}]}}'
-    if not entry.dtype:
-        return about + '""]', f'{name}:{{"dtype":"U8","shape":[{entry.size}],{offsets}'
+    (
+        _, _, size, _, _, _, _, _, _, _, _, created, accessed, tokens, layer, _, _, _, _,
+        key_bytes, prefix_bytes, tensor_bytes, _, _,
+    ) = RECORD.unpack_from(copy, COPY_RECORD_AT)  # fmt: skip
+    _, _, count, priority, _, _ = COPY_ORDER.unpack_from(copy)
+    at = COPY_RECORD_AT + RECORD.size
+    key, at = copy[at : at + key_bytes].decode(), at + key_bytes
+    prefix, at = copy[at : at + prefix_bytes].decode(), at + prefix_bytes
+    name, key_text = key, encode_basestring(key)
+    while name in names or name == "__metadata__":  # the one name that safetensors keeps for itself
+        name += "_"
+    names.add(name)
+    text = key_text if name is key else encode_basestring(name)
+    dtype, framework, shape = "U8", "", str(size)
+    if tensor_bytes:
+        framework, _, described = copy[at : at + tensor_bytes].decode().partition(":")
+        dtype, _, shape = described.partition(" ")
+        framework, shape = f"{framework}:", shape.replace(" ", ",")
     return (
-        f'{about}"{entry.framework}:"]',
-        f'{name}:{{"dtype":"{entry.dtype}","shape":{list(entry.shape)},{offsets}',
+        f'{text}:["{crc32:08x}",{key_text},{encode_basestring(prefix)},{created!r},{accessed!r},{count},{priority},'
+        f'{tokens},{layer},"{framework}"]',
+        f'{text}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{begin},{begin + size}]}}',
     )
 
 
@@ -2792,34 +2804,47 @@ def _snapshot_header(config: CachePoolConfig, about: list[str], tensors: list[st
     return ('{"__metadata__":' + ",".join([_to_json(metadata), *tensors]) + "}").encode()
 
 
-def header_room(key: str, texts: bytes) -> int:
-    """Bytes that are enough for what the header says of an entry, from its key and all its texts."""
-    plain = key.isprintable() and b'"' not in texts and b"\\" not in texts
-    return 300 + (4 if plain else 32) * len(texts)  # the key is there three times, and twice in JSON within JSON
+_ESCAPED = re.compile(rb'[\0-\x1f"\\\x7f]')
+
+
+def header_room(texts: bytes) -> int:
+    """Return how many bytes are enough for what the header says of an entry, from its key and all its texts."""
+    # The key is there three times, and twice in JSON within JSON.
+    return 300 + (32 if _ESCAPED.search(texts) else 4) * len(texts)
+
+
+def copied_key(copy: bytes) -> str:
+    """Return the key of a copied entry."""
+    at = COPY_RECORD_AT + RECORD.size
+    return copy[at : at + COPY_SIZES.unpack_from(copy)[3]].decode()
 
 
 class SnapshotReader(Protocol):
     """How `write_snapshot` gets at the values of a pool that others use."""
 
-    def small_values(self, keys: list[str]) -> list[tuple[CacheEntry, bytes | None] | None]:
-        """Copies of small values, of the first keys at least; None for a large value, or where a key has gone."""
+    def small_values(self, copies: list[bytes]) -> list[tuple[bytes, bytes | None]]:
+        """Return (the entry as it is now, its value) of the first of these copied entries, of at least one.
 
-    def value(self, key: str) -> contextlib.AbstractContextManager[tuple[CacheEntry, memoryview] | None]:
-        """One value in place, None if it has gone."""
+        (b"", b"") where a key has gone. The value of a large one is None.
+        """
+
+    def value(self, key: str) -> contextlib.AbstractContextManager[tuple[bytes, memoryview] | None]:
+        """Open one value in place: (the entry as it is now, its value), None if it has gone."""
 
 
 def write_snapshot(
     path: str,
     config: CachePoolConfig,
-    keys: list[str],
+    copies: list[bytes],
     total: int,
     room: int,
     read: SnapshotReader,
     progress: Progress | None = None,
 ) -> int:
-    """Write a snapshot of `keys` and return how many it holds; the file at `path` is replaced whole or not at all.
+    """Write a snapshot of these entries and return how many it holds; `path` is replaced whole or not at all.
 
-    `read` opens the values, `total` bytes as far as is known; a key that has gone meanwhile is left out. The header
+    `copies` are as `KVCachePool._copy_all` makes them. `read` opens the values, `total` bytes as far as is known; a key
+    that has gone meanwhile is left out. The header
     comes first in the file but is known last, so room for it is kept, `room` bytes for what it says of the entries, and
     filled up with spaces, as the format allows. The temporary file
     has a fixed name and is locked: two writers to one path take turns, and what a killed one left is reused. A link of
@@ -2850,7 +2875,7 @@ def write_snapshot(
                 os.fchmod(fd, 0o600)
                 file.truncate(0)
                 with _Checksums() as checksums:
-                    saved = _write_values(file, config, keys, total, room, read, checksums, progress)
+                    saved = _write_values(file, config, copies, total, room, read, checksums, progress)
                 os.fsync(fd)
                 os.rename(temporary, path)
             except BaseException:
@@ -2895,7 +2920,7 @@ class _Checksums(contextlib.ExitStack):
 def _write_values(
     file: io.RawIOBase,
     config: CachePoolConfig,
-    keys: list[str],
+    copies: list[bytes],
     total: int,
     room: int,
     read: SnapshotReader,
@@ -2909,12 +2934,8 @@ def _write_values(
     tensors: list[str] = []
     done = at = 0
 
-    def add(entry: CacheEntry, crc32: int, begin: int) -> None:
-        name = entry.key
-        while name in names or name == "__metadata__":  # the one name that safetensors keeps for itself
-            name += "_"
-        names.add(name)
-        described, tensor = _describe_saved(entry, crc32, _to_json(name), begin)
+    def add(copy: bytes, crc32: int, begin: int) -> None:
+        described, tensor = _describe_saved(copy, names, crc32, begin)
         about.append(described)
         tensors.append(tensor)
 
@@ -2922,27 +2943,24 @@ def _write_values(
         if progress is not None:
             progress(min(done, total), total)  # values may have grown meanwhile
 
-    while at < len(keys):
+    while at < len(copies):
         small: list[bytes] = []
-        large = ""
-        for found in read.small_values(keys[at : at + ENTRIES_A_STEP]):
-            if found is not None:
-                entry, data = found
-                if data is None:
-                    large = entry.key
-                    break
-                add(entry, zlib.crc32(data), done)
+        large = b""
+        for copy, data in read.small_values(copies[at : at + ENTRIES_A_STEP]):
+            at += 1
+            if data is None:
+                large = copy
+            elif copy:
+                add(copy, zlib.crc32(data), done)
                 small.append(data)
                 done += len(data)
-            at += 1
         if small:
             _write_all(file, memoryview(b"".join(small)))
             tell()
         if large:
-            at += 1
-            with read.value(large) as opened:
+            with read.value(copied_key(large)) as opened:
                 if opened is not None:
-                    entry, view = opened
+                    copy, view = opened
                     start = done
                     checksum = checksums.start(view)
                     try:
@@ -2953,7 +2971,7 @@ def _write_values(
                             tell()
                     finally:
                         crc32 = checksum()  # before the view ends
-                    add(entry, crc32, start)
+                    add(copy, crc32, start)
     header = _snapshot_header(config, about, tensors)
     if len(header) > room:  # would take entries rewritten meanwhile with far longer texts
         raise StorageError(f"the snapshot's header has {len(header)} bytes, room was kept for {room}: try again")
@@ -3530,7 +3548,7 @@ class _TensorView(contextlib.AbstractContextManager[Any]):
         if view is None:
             return None
         try:
-            entry = self._pool._describe_held(self._reader.token)
+            entry = self._pool._decode(self._pool._copy_held(self._reader.token))
             return as_tensor(view, entry.dtype, entry.shape, self._framework or entry.framework)
         except BaseException:
             del view
@@ -3541,19 +3559,19 @@ class _TensorView(contextlib.AbstractContextManager[Any]):
         self._reader.__exit__()
 
 
-class _Peek(contextlib.AbstractContextManager["tuple[CacheEntry, memoryview] | None"]):
-    """An entry and its value, pinned, without counting a use."""
+class _Peek(contextlib.AbstractContextManager["tuple[bytes, memoryview] | None"]):
+    """A copy of an entry, and its value in place, pinned, without counting a use."""
 
     def __init__(self, pool: KVCachePool, key: str) -> None:
         self._reader = _View(pool, encode_key(key), counts=False)
         self._pool = pool
 
-    def __enter__(self) -> tuple[CacheEntry, memoryview] | None:
+    def __enter__(self) -> tuple[bytes, memoryview] | None:
         view = self._reader.__enter__()
         if view is None:
             return None
         try:
-            return self._pool._describe_held(self._reader.token), view
+            return self._pool._copy_held(self._reader.token), view
         except BaseException:
             self._reader.__exit__()
             raise
@@ -3568,13 +3586,9 @@ class _PoolReader:
     def __init__(self, pool: KVCachePool) -> None:
         self._pool = pool
 
-    def small_values(self, keys: list[str]) -> list[tuple[CacheEntry, bytes | None] | None]:
+    def small_values(self, copies: list[bytes]) -> list[tuple[bytes, bytes | None]]:
         self._pool._give_way()
-        records, values = self._pool._copy_small(keys)
-        return [
-            (self._pool._decode(record), value) if record else None
-            for record, value in itertools.zip_longest(records, values)
-        ]
+        return list(itertools.zip_longest(*self._pool._copy_small(copies)))
 
     def value(self, key: str) -> _Peek:
         return _Peek(self._pool, key)
@@ -3756,6 +3770,7 @@ class KVCachePool:
         segment.is_owned = True
         try:
             self._join()
+            self._reap()
         except BaseException:
             self._shut(wait=True)
             raise
@@ -3961,9 +3976,16 @@ class KVCachePool:
         if words[POLICY] != self._policy:
             self._follow_policy_locked()
         if segment.session < 0:
-            self._reap_locked()
-            self._table.act_for(segment.claim_session_locked())  # first: after a fork it still acts for the parent
-            segment.session = self._table.session
+            number = segment.claim_session_locked()
+            if number < 0:
+                self._reap_locked()
+                number = segment.claim_session_locked()
+            if number < 0:
+                raise StorageError(
+                    f"{segment.path} is open {MAX_SESSIONS} times, the limit: close a handle or use one per process"
+                )
+            self._table.act_for(number)  # first: after a fork it still acts for the parent
+            segment.session = number
         elif untidy:
             self._tidy_locked(self._untidy)
         while self._gone_views:
@@ -4018,7 +4040,7 @@ class KVCachePool:
         """
         table = self._table
         for session, (pins, _) in held.items():
-            for slot in table.pinned_by(session, among or table.used()):
+            for slot in table.pinned_by(session, table.used() if among is None else among):
                 if slot not in pins:
                     table.set_pin(slot, session, False)
         stale = []
@@ -4059,6 +4081,31 @@ class KVCachePool:
             self._settle_locked({})
             found = found or self._words[NUM_BUSY] < busy
         return found
+
+    def _reap(self) -> None:
+        """Do what `_reap_locked` does in steps, between which others get the lock."""
+        for session, pid in self._dead_sessions().items():
+            for among in self._ranges():
+                self._settle_dead(session, pid, among)
+            self._settle_dead(session, pid, range(0), is_last=True)
+
+    @_locked
+    def _dead_sessions(self) -> dict[int, int]:
+        """Return session -> pid of those whose process has died."""
+        segment = self._segment
+        assert segment is not None
+        return {number: pid for number, pid in segment.session_pids().items() if not segment.is_alive(number)}
+
+    @_locked
+    def _settle_dead(self, session: int, pid: int, among: range, is_last: bool = False) -> None:
+        """Free what a dead session holds of some slots; the last step forgets it."""
+        segment = self._segment
+        assert segment is not None
+        if segment.session_pids().get(session) == pid and not segment.is_alive(session):  # else another has done it
+            self._table.end_read(session)
+            self._settle_locked({session: ((), ())}, among)
+            if is_last:
+                segment.forget_session_locked(session)
 
     def _reap_locked(self) -> bool:
         """Free what sessions hold whose process has died; return True if there was such a session."""
@@ -5123,6 +5170,7 @@ class KVCachePool:
 
         The pinned entries are counted in steps, between which others get the lock.
         """
+        self._reap()
         stats = self._count_all()
         stats["pinned_entries"] = sum(map(self._count_pinned, self._ranges()))
         return stats
@@ -5294,44 +5342,49 @@ class KVCachePool:
         parent = os.path.dirname(os.path.abspath(path))
         with _os_errors(f"make the directory {parent}"):
             os.makedirs(parent, exist_ok=True)
-        keys, total, room = [], 0, 0
-        text_at = COPY_RECORD_AT + RECORD.size
-        for copy in self._copy_all():
-            size, *lengths = COPY_SIZES.unpack_from(copy, COPY_RECORD_AT)
-            texts = copy[text_at : text_at + sum(lengths)]
-            keys.append(key := texts[: lengths[0]].decode())
+        copies, total, room = self._copy_all(), 0, 0
+        text_at, unpack = COPY_RECORD_AT + RECORD.size, COPY_SIZES.unpack_from
+        for copy in copies:
+            _, size, _, key_bytes, prefix_bytes, tensor_bytes = unpack(copy)
             total += size
-            room += header_room(key, texts)
-        return write_snapshot(path, self._config, keys, total, room, _PoolReader(self), progress)
+            room += header_room(copy[text_at : text_at + key_bytes + prefix_bytes + tensor_bytes])
+        return write_snapshot(path, self._config, copies, total, room, _PoolReader(self), progress)
 
     @_locked
-    def _copy_small(self, keys: list[str]) -> tuple[list[bytes], list[bytes]]:
-        """(copies of records, copies of values), as many as make up a MiB; b"" for the record of a key that has gone.
+    def _copy_small(self, copies: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+        """Return (copies of entries as they are now, copies of values), as many as make up a MiB.
 
-        It ends with the record of a large value, without a copy of that.
+        b"" twice for an entry that has gone. It ends with a large value: the entry, without a copy of the value.
         """
-        records: list[bytes] = []
+        table, memory, unpack = self._table, self._memory, COPY_SIZES.unpack_from
+        now: list[bytes] = []
         values: list[bytes] = []
         room = COPY_CHUNK
-        for key in keys:
-            slot = self._table.find(key.encode())
-            if slot:
-                offset, size = self._table.place(slot)
-                if size > COPY_UNDER_LOCK:
-                    records.append(self._copy_locked(slot))
-                    break
-                if size > room:
-                    break
-                records.append(self._copy_locked(slot))
-                room -= size
-            else:
-                records.append(b"")
-            values.append(self._memory[offset : offset + size] if slot else b"")
-        return records, values
+        for noted in copies:
+            copy = noted
+            slot, size, start, _, _, _ = unpack(copy)
+            if table.copy(slot) != copy[COPY_RECORD_AT:]:  # used, replaced or gone since it was noted
+                slot = table.find(copied_key(copy).encode())
+                if not slot:
+                    now.append(b"")
+                    values.append(b"")
+                    continue
+                copy = self._copy_locked(slot)
+                _, size, start, _, _, _ = unpack(copy)
+            room -= size
+            if size > COPY_UNDER_LOCK:
+                now.append(copy)
+                break
+            if room < 0:
+                break
+            now.append(copy)
+            offset = self._data_offset + start * self._geometry.block_size
+            values.append(memory[offset : offset + size])
+        return now, values
 
     @_locked
-    def _describe_held(self, token: int) -> CacheEntry:
-        return self._entry_locked(self._holds[token])
+    def _copy_held(self, token: int) -> bytes:
+        return self._copy_locked(self._holds[token])
 
     @classmethod
     def restore(

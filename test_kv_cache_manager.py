@@ -4254,6 +4254,33 @@ class TestSteps:
             monkeypatch.undo()
             assert_sound(pool)
 
+    @pytest.mark.parametrize("first", [KVCachePool.attach, lambda _: None], ids=["attach", "get_stats"])
+    def test_what_the_dead_hold_is_freed_in_steps(self, first: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        def die() -> None:
+            victim = KVCachePool.attach("pool")
+            for i in range(0, 60, 3):
+                victim.pin(f"k{i}")
+                victim.delete(f"k{i}")
+            victim.pin("k59")
+            victim.reserve("new", 5 * BLOCK_SIZE).__enter__()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        with make_pool(100) as pool:
+            for i in range(60):
+                pool.put(f"k{i}", b"x")
+            assert in_child(die) == -signal.SIGKILL
+            pauses = self.between_steps(monkeypatch, lambda number: pool.put(f"k{number + 1}", b"y"))
+            with contextlib.ExitStack() as handles:
+                other = first("pool")
+                if other is not None:
+                    handles.enter_context(other)
+                stats = pool.get_stats()
+                assert (stats["pinned_entries"], stats["allocated_blocks"]) == (0, stats["entry_count"])
+                assert stats["attached_pids"] == [os.getpid()]
+            assert len(pauses) >= 5
+            monkeypatch.undo()
+            assert_sound(pool)
+
     @pytest.mark.parametrize("name", ["list", "persist", "find_by_prefix", "count_by_prefix", "clear"])
     @pytest.mark.parametrize("policy", ALL_POLICIES)
     def test_what_is_overwritten_meanwhile_is_seen_once(
