@@ -3,6 +3,7 @@
 
     pip install lmdb diskcache redis && apt-get install redis-server   # what is absent is left out, with a word
     python3 bench.py               # put, get, view, miss, evicting put in one process; put and get in two
+    python3 bench.py --contend     # 1, 2, 4 and 8 processes at once: get, view, count_path, put, 95 % get with 5 % put
     python3 bench.py --scale       # cost of an operation with 1,000 ... 1,000,000 entries, every policy
     python3 bench.py --allocator   # the bitmap of 16 GiB, 95 % full and torn
     python3 bench.py --snapshot    # persist and restore beside cp and reading
@@ -173,6 +174,60 @@ def compare(args):
             show(**{kv.format_size(size): name}, **row)
 
 
+def contender(name, op, place, size, count, seed, start):
+    """(calls a second, their times in us) of one of several processes that do the same thing for a second."""
+    chance, data, times = random.Random(seed), random.randbytes(size), []
+    with PEERS[name](place, size, count) as (put, get, view), contextlib.ExitStack() as stack:
+        keys = chance.sample([str(number) for number in range(count)], count)
+        works = {"get": get, "view": view, "put": lambda key: put(key, data)}
+        works["95 get, 5 put"] = lambda key: get(key) if chance.random() < 0.95 else put(key, data)
+        if op == "count_path 128":
+            pool = stack.enter_context(pool_for(place, size, count + 1))
+            works[op] = lambda key: pool.count_path(keys[:128])
+        work = works[op]
+        while time.time() < start:
+            work(keys[0])
+        began = now = time.perf_counter()
+        while now < began + 1:
+            for key in keys:
+                last = now
+                work(key)
+                now = time.perf_counter()
+                times.append((now - last) * 1e6)
+        return len(times) / (now - began), [*sorted(times)[:: max(1, len(times) // 2000)], max(times)]
+
+
+def contend(args):
+    print("calls a second of all processes, and times what one does; us of one call: median, 99 of 100, worst")
+    context = multiprocessing.get_context("spawn")
+    for size, count in ((4096, 1000), (65536, 256)):
+        for op in ("get", "view", "count_path 128", "put", "95 get, 5 put"):
+            for name in ("bare_copy", "this_pool", "LMDB"):
+                if (op, name) in (("view", "bare_copy"), ("count_path 128", "bare_copy"), ("count_path 128", "LMDB")):
+                    continue
+                alone = 0
+                for number in (1, 2, 4, 8):
+                    try:
+                        with (
+                            folder() as place,
+                            PEERS[name](place, size, count) as (put, _, _),
+                            context.Pool(number) as pool,
+                        ):
+                            for key in range(count):
+                                put(str(key), bytes(size))
+                            start = time.time() + 1.5
+                            works = [(name, op, place, size, count, seed, start) for seed in range(number)]
+                            rates, times = zip(*pool.starmap(contender, works), strict=True)
+                    except ImportError as error:
+                        print(f"{name} is left out: {error}", file=sys.stderr)
+                        break
+                    alone = alone or sum(rates)
+                    us = sorted(time for some in times for time in some)
+                    row = {"median": us[len(us) // 2], "p99": us[len(us) * 99 // 100], "worst": us[-1]}
+                    row = {"processes": float(number), "a second": (sum(rates), sum(rates) / alone), **row}
+                    show(**{kv.format_size(size): op, "": name}, **row)
+
+
 def scale(args):
     print("us, and times that with 1,000 entries; values of one block, keys in random order")
     for policy in (policy.value for policy in kv.EvictionPolicy):
@@ -237,7 +292,7 @@ def attach(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for mode in (scale, allocator, snapshot, attach):
+    for mode in (contend, scale, allocator, snapshot, attach):
         parser.add_argument(f"--{mode.__name__}", dest="mode", action="store_const", const=mode, default=compare)
     parser.add_argument("--sizes", default="64K,512K,2M,16M", help="of values, for the comparison")
     parser.add_argument("--dir", default="/dev/shm", help="where snapshots go")

@@ -15,9 +15,10 @@ Byte offsets; every section starts where the one before ends, rounded up as note
     4096              ceil(num_blocks / 8),         bitmap: 1 bit a block, 1 = in use
                       rounded up to 4096
     data_offset       num_blocks * block_size       data region: the values
-    index_offset      3 * 128 * 8                   session table: the pid of each open handle, 0 = free; then for each
-                                                    the slot that its view or copy under way reads, 0 = none; then
-                                                    for each the misses that it has counted
+    index_offset      5 * 128 * 8                   session table, five words a session, column by column: pid of the
+                                                    open handle, 0 = free; slot that its view under way reads, 0 =
+                                                    none; misses; uses noted so far; uses counted so far
+                      128 * 32 * 16                 uses noted, a ring a session: slot | generation << 32; time
                       2 * num_slots * 4             heads of the key chains, heads of the prefix chains
                       64 * num_slots + 104          eviction order: a 40-byte node a slot, a 24-byte bucket a slot
                       440 * (num_slots + 1)         entry table: one record a slot; slot 0 is never used
@@ -40,14 +41,11 @@ Valid if and only if
 
 Who locks what
 --------------
-* The lock of a pool is `flock` on the segment's own file, plus a thread lock in each process. All metadata is read and
-  written under it. Values of up to 64 KiB are copied under it too; larger ones outside, protected by a WRITING record
-  or a pin. Four things are done without it. A session clears its own word of the session table, to unpin what it has
-  read, and may then set UNREAD. That saves a view half of its cost; a second one at the same time takes a bit in the
-  record, and the lock. A key is looked up: a writer sets DIRTY and increments CHANGES before it changes a key chain, so
-  a lookup is valid if DIRTY was clear and CHANGES was the same before and after the walk. That halves the cost of a
-  miss, and lets misses of all processes pass at once. A miss is counted in the session's own word. WAITED_FOR is set
-  and cleared, and is only a hint.
+* The lock of a pool is `flock` on the segment's own file, plus a thread lock in each process. Metadata is changed under
+  it. Values of up to 64 KiB are written under it too; larger ones outside, protected by a WRITING record.
+* Reads take no lock on x86-64, see below. Elsewhere, and in a pool that records its accesses, they take it.
+* A session clears its own word of the session table, to unpin what it has read, without the lock. It may then set
+  UNREAD. WAITED_FOR is set and cleared without the lock, and is only a hint.
 * A session (one open handle) holds an open-file-description lock on a byte of its own, far behind the end of the file.
   The kernel drops it when the process dies: that is how pins and WRITING records of the dead are told from those of
   the living. A second byte, locked shared by every handle, tells whether anybody has the pool open.
@@ -64,14 +62,37 @@ Who locks what
 * A forked child shares its parent's open files, and so all of these locks. A page that the kernel wipes at every fork
   tells it so, before it touches anything: it opens the file anew, and takes a session of its own.
 
+A read without the lock
+-----------------------
+The first word of a record is its seal: state and generation. An entry gets another generation, or state, before its
+blocks are freed, moved or used for another value. So:
+1. Walk the key chain. For a record of the key: read the seal, compare the key, read where the value lies. A seal that
+   is not COMPLETE, or marked as CHANGING, begins again.
+2. `get` copies the value, and reads the seal again. If it is the same, the copy is whole. If not, begin again.
+   A view writes the slot into its word of the session table first, then a memory barrier, then reads the seal again.
+   If it is the same, the value is pinned. If not, the word is cleared, and the view takes the lock.
+3. A use is noted in the ring of the session: slot, generation, time; the number of noted uses last. A full ring takes
+   the lock, which empties it.
+A key is missing if DIRTY was clear and CHANGES was the same before and after the walk: a writer sets the one and
+increments the other before it changes a key chain. After UNLOCKED_TRIES a reader takes the lock. A session has one word
+for a view: a second view at the same time pins by a bit in the record, under the lock.
+
+What a writer does for readers without the lock
+-----------------------------------------------
+1. Whoever takes the lock first counts the uses in all rings, in the order of time, so the eviction order is exact.
+2. To drop an entry: write CONDEMNED, then a memory barrier, then look at the pins. Pinned blocks stay as they are.
+3. To move a value, or replace it in place: mark the seal as CHANGING, then a barrier, then look at the pins; a pinned
+   value stays. Change where the value lies. Clear the mark. Free the old blocks.
+A rebuild gives every entry a new generation before it frees anything.
+
 After a crash
 -------------
 A process that dies inside a change leaves the header word DIRTY set; the kernel frees the lock. Whoever locks next sees
 the word, finishes a block move that was under way (its journal is in the header), and rebuilds everything derived from
 the records. Dying in the rebuild leaves DIRTY set again. A process that dies outside a change leaves at most WRITING
-records, pins, and CONDEMNED records that nobody pins any more; they are reclaimed when somebody opens the pool, needs
-their room, asks for statistics or checks. A waiter that dies leaves WAITED_FOR set; the next call that works in steps
-clears it after MAX_PAUSES pauses.
+records, pins, uses not counted yet, and CONDEMNED records that nobody pins any more. They are reclaimed when somebody
+opens the pool, needs their room, asks for statistics or checks. A waiter that dies leaves WAITED_FOR set; the next call
+that works in steps clears it after MAX_PAUSES pauses.
 A maker that dies leaves a file without a header, and the last user of a transient pool leaves the pool. Both are
 removed when somebody opens or lists that name, prunes, or needs their room to make another pool.
 """
@@ -118,6 +139,35 @@ if TYPE_CHECKING:
 
 _R = TypeVar("_R")
 
+__all__ = [
+    "BITMAP_SIZE",
+    "BLOCK_SIZE",
+    "CACHE_MAGIC",
+    "CACHE_VERSION",
+    "HEADER_SIZE",
+    "BitmapAllocator",
+    "CacheEntry",
+    "CacheError",
+    "CachePoolConfig",
+    "CacheStore",
+    "CorruptionError",
+    "EvictionManager",
+    "EvictionPolicy",
+    "InvalidArgumentError",
+    "KVCacheCLI",
+    "KVCachePool",
+    "PoolClosedError",
+    "PoolExistsError",
+    "PoolMismatchError",
+    "PoolNotFoundError",
+    "PrefixCache",
+    "StorageError",
+    "UnsupportedError",
+    "format_size",
+    "main",
+    "model_fingerprint",
+    "parse_size",
+]
 __version__ = "0.1.0"
 
 # ======================================================================================================================
@@ -125,7 +175,7 @@ __version__ = "0.1.0"
 # ======================================================================================================================
 
 CACHE_MAGIC = b"CORTEXKV"
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 BLOCK_SIZE = 4096  # default; any multiple of 512 up to MAX_BLOCK_SIZE
 HEADER_SIZE = 4096
 BITMAP_SIZE = 4096  # the smallest bitmap, and the unit it grows by
@@ -155,20 +205,23 @@ RECORDED = 83  # accesses recorded so far
 POLICY = 84  # 0: as in the config; else 1 + the place of the policy in EvictionPolicy
 CHANGES = 85  # how often key chains were changed
 UNREAD = 86  # 1 once the end of an array has left a deleted value to be freed
+USED = 89  # 1 once a reader has noted a use that is not counted yet
+GENERATION = 88  # of the last entry that was made, moved or changed in place; even
 WAITED_FOR = 87  # 1 while a process sleeps until it gets the lock: those that work in steps let it go first
 BOOT_ID = 124  # the first of NUM_BOOT_IDS words: boots that the index is known to be whole for, the latest first
 NUM_BOOT_IDS = 4
 
 MAX_SESSIONS = 128
+MAX_USES = 32  # uses that a session notes before somebody must take the lock for them
 SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
 PRESENCE_BYTE = 1 << 60  # lock offsets, far behind any file
 SESSION_BYTE = PRESENCE_BYTE + 1
 NAME_BYTE = PRESENCE_BYTE - 1
 
-# state, owner session, size, start block, number of blocks, hash of key, hash of prefix, next in key chain, next and
-# previous in prefix chain, CRC-32 of the value (0: not known), created, accessed, sequence length, layer, sessions that
-# pin it (128 bits), lengths of key, prefix and tensor description, unused, priority (for the eviction node, once the
-# entry is complete)
+# state, owner session of a value on its way in or generation of an entry, size, start block, number of blocks, hash of
+# key, hash of prefix, next in key chain, next and previous in prefix chain, CRC-32 of the value (0: unknown), created,
+# accessed, sequence length, layer, sessions that pin it (128 bits), lengths of key, prefix and tensor description,
+# unused, priority (for the eviction node, once the entry is complete)
 RECORD = struct.Struct("<IIqIIIIIIIIddqqIIIIHHHHq")
 RECORD_TAIL = struct.Struct("<qqqqHHHHq")  # from the sequence length on
 RECORD_BYTES = 440
@@ -183,6 +236,14 @@ COPY_ORDER = struct.Struct("<12xI3qI20xI")  # whether it ends a prompt, sequence
 COPY_RECORD_AT = 44
 COPY_SIZES = struct.Struct("<40xI8xqI76x3H")  # slot, size in bytes, first block, lengths of key, prefix, tensor text
 FREE, WRITING, COMPLETE, CONDEMNED = range(4)
+# The first word of a record, its seal: state, and generation << 32. The lowest bit of the generation is set while the
+# value is being moved or replaced in place.
+CHANGING = 1 << 32
+USE = struct.Struct("qd")  # a use of an entry, as a reader notes it: slot | generation << 32; monotonic time
+USES = struct.Struct("qd" * MAX_USES)
+SEAL_MASK = CHANGING | 0xFFFFFFFF  # leaves COMPLETE of the seal of an entry that can be read without the lock
+MAX_GENERATION = (1 << 31) - 2
+UNLOCKED_TRIES = 3  # to read without the lock before taking it
 
 COPY_UNDER_LOCK = 64 << 10  # bytes; a larger value is copied outside the lock
 COPY_CHUNK = 1 << 20
@@ -197,6 +258,7 @@ PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits 
 # key chains passed over; bytes moved; seconds in between, and how often at most.
 ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, MOVES_A_STEP, STEP_BYTES = 256, 1 << 13, 1 << 16, 64, 4 << 20
 STEP_PAUSE, MAX_PAUSES = 1e-4, 100
+KEYS_A_LOOK = 64  # that are looked up without the lock as of one moment
 ENDING_PATIENCE = 1.0  # seconds that the end of a process waits for a daemon thread to end its call
 RESERVE_CHUNK = 256 << 20
 I64_MIN, I64_MAX = -(1 << 63), (1 << 63) - 1
@@ -602,7 +664,7 @@ class Geometry(NamedTuple):
 
     @property
     def heads_offset(self) -> int:
-        return self.index_offset + 24 * MAX_SESSIONS
+        return self.index_offset + (40 + 16 * MAX_USES) * MAX_SESSIONS
 
     @property
     def order_offset(self) -> int:
@@ -1222,6 +1284,22 @@ class EvictionManager:
         words[word] = count = words[word] + 1
         if not self._is_fifo:
             self.renew_locked(slot, count if self._is_lfu else None)
+
+    def touch_all_locked(self, slots: list[int]) -> None:
+        """Count uses of slots, in this order; a slot may be there several times."""
+        if self.is_adaptive:
+            for slot in slots:
+                self.touch_path_locked((slot,))
+            return
+        words, nodes, counts = self._words, self._nodes, Counter(slots)
+        for slot in reversed(dict.fromkeys(reversed(slots))):  # the last use of each decides its place
+            if self._is_lfu:
+                for _ in range(counts[slot]):
+                    self.touch_locked(slot)
+                continue
+            words[((nodes + slot * _NODE_HALVES) >> 1) + _COUNT] += counts[slot]
+            if not self._is_fifo:
+                self.renew_locked(slot)
 
     def replace_locked(self, slot: int) -> None:
         """Queue a slot whose value is replaced: like a new one, with the use count and priority that it has."""
@@ -2110,19 +2188,21 @@ class Segment:
         base = self.header.geometry.index_offset // 8
         for number in range(MAX_SESSIONS):
             if number not in taken and _try_lock_byte(self.fd, fcntl.F_WRLCK, SESSION_BYTE + number):
-                self.words[base + MAX_SESSIONS + number] = 0
+                for column in (1, 3, 4):  # what it reads, and the uses that it has noted
+                    self.words[base + column * MAX_SESSIONS + number] = 0
                 self.words[TOP_SESSION] = max(self.words[TOP_SESSION], number + 1)
                 self.words[base + number] = os.getpid()
                 return number
         return -1
 
     def forget_session_locked(self, session: int) -> None:
-        """Clear a session that nothing refers to any more; its misses stay counted."""
-        pid = self.header.geometry.index_offset // 8 + session
-        own = pid + 2 * MAX_SESSIONS
-        misses, self.words[own] = self.words[own], 0
-        self.words[MISSES] = (self.words[MISSES] + misses) & I64_MAX
-        self.words[pid] = 0
+        """Clear a session that nothing refers to any more; its misses and hits stay counted."""
+        words, pid = self.words, self.header.geometry.index_offset // 8 + session
+        for total, own in ((MISSES, pid + 2 * MAX_SESSIONS), (HITS, pid + 3 * MAX_SESSIONS)):
+            counted, words[own] = words[own], 0
+            words[total] = (words[total] + counted) & I64_MAX
+        words[pid + 4 * MAX_SESSIONS] = 0
+        words[pid] = 0
 
     def can_be_locked(self, patience: float) -> bool:
         """Return True if the pool's lock is free now, or within so many seconds."""
@@ -2346,6 +2426,9 @@ class EntryTable:
         self._geometry = geometry
         self._reads = geometry.index_offset // 8 + MAX_SESSIONS
         self._misses = self._reads + MAX_SESSIONS
+        self._noted = self._misses + MAX_SESSIONS  # uses that each session has noted so far: its hits without the lock
+        self._counted = self._noted + MAX_SESSIONS  # those of them that are counted in the order
+        self._uses = self._counted + MAX_SESSIONS  # the rings: MAX_USES times `USE`
         self._data_offset, self._block_size = geometry.data_offset, geometry.block_size
         self._records = geometry.records_offset // 4
         self._key_heads = geometry.heads_offset // 4
@@ -2370,6 +2453,63 @@ class EntryTable:
                     return slot
             slot = halves[record + R_KEY_NEXT]
         raise IndexError
+
+    def find_use(self, key: bytes) -> tuple[int, int, int]:
+        """Return (use, offset from the start of the segment, size) of an entry, without the lock.
+
+        A use is slot | generation << 32. 0: there is no such entry, if no key chain was changed meanwhile. -1: it is
+        just being changed. What is read from that place is the value if `is_current` is true afterwards.
+        """
+        halves, words = self.halves, self.words
+        key_hash = zlib.crc32(key)
+        slot = halves[self._key_heads + key_hash % self.num_slots]
+        for _ in self._every_slot:
+            if not slot:
+                return 0, 0, 0
+            record = self._records + slot * HALVES_PER_RECORD
+            word = record >> 1
+            seal: int = words[word]  # before the key, or the slot could become another entry's in between
+            if halves[record + R_KEY_HASH] == key_hash:
+                text = 4 * record + RECORD.size
+                if self.memory[text : text + len(key)] == key and halves[record + R_LENGTHS] & 0xFFFF == len(key):
+                    if seal & SEAL_MASK != COMPLETE:
+                        return -1, 0, 0
+                    offset = self._data_offset + halves[record + R_START] * self._block_size
+                    return seal - COMPLETE + slot, offset, words[word + W_SIZE]
+            slot = halves[record + R_KEY_NEXT]
+        raise IndexError
+
+    def is_current(self, use: int) -> bool:
+        """Return True if an entry is the one that `find_use` found, with its value where it was."""
+        slot = use & 0xFFFFFFFF
+        return bool(self.words[(self._records + slot * HALVES_PER_RECORD) >> 1] == use - slot + COMPLETE)
+
+    def read_value(self, key: bytes) -> tuple[int, bytes]:
+        """Return (use, a copy of the value) of an entry, without the lock; use 0 or -1 as in `find_use`."""
+        use, offset, size = self.find_use(key)
+        if use <= 0:
+            return use, b""
+        value = self.memory[offset : offset + size]
+        slot = use & 0xFFFFFFFF
+        is_same = self.words[(self._records + slot * HALVES_PER_RECORD) >> 1] == use - slot + COMPLETE
+        return (use, value) if is_same else (-1, b"")
+
+    def complete(self, slot: int) -> None:
+        """Make a record an entry, in one write, under a generation of its own."""
+        words = self.words
+        words[GENERATION] = generation = words[GENERATION] % MAX_GENERATION + 2 & ~1
+        words[(self._records + slot * HALVES_PER_RECORD) >> 1] = COMPLETE | generation << 32
+
+    def begin_change(self, slot: int) -> None:
+        """Give an entry a new generation, marked as changing: nobody begins to read it without the lock."""
+        words = self.words
+        words[GENERATION] = generation = words[GENERATION] % MAX_GENERATION + 2 & ~1
+        words[(self._records + slot * HALVES_PER_RECORD) >> 1] = COMPLETE | CHANGING | generation << 32
+
+    def end_change(self, slot: int) -> None:
+        """Let others read an entry without the lock again."""
+        word = (self._records + slot * HALVES_PER_RECORD) >> 1
+        self.words[word] = self.words[word] & ~CHANGING
 
     def claim(self, key: bytes, size: int, start: int, num_blocks: int, owner: int, meta: EntryMeta) -> int:
         """Fill in a record, its state still FREE; returns its slot, 0 if all are taken."""
@@ -2491,11 +2631,10 @@ class EntryTable:
         return self._data_offset + self.halves[record + R_START] * self._block_size, size
 
     def is_same(self, slot: int, size: int, told: bytes) -> bool:
-        """Whether a value has this size, key and metadata, as `tell` or `told_by` has it, and nobody pins it."""
+        """Whether a value has this size, key and metadata, as `tell` or `told_by` has it, and no pin in its record."""
         word = (self._records + slot * HALVES_PER_RECORD) >> 1
         tail = 8 * (word + W_SEQUENCE_LENGTH)
-        same = self.words[word + W_SIZE] == size and self.memory[tail : tail + len(told)] == told
-        return same and not self._is_read(slot)
+        return bool(self.words[word + W_SIZE] == size and self.memory[tail : tail + len(told)] == told)
 
     @staticmethod
     def tell(key: bytes, meta: EntryMeta) -> bytes:
@@ -2521,13 +2660,19 @@ class EntryTable:
     def set_accessed(self, slot: int, now: float) -> None:
         self.floats[((self._records + slot * HALVES_PER_RECORD) >> 1) + W_ACCESSED] = now
 
+    def set_all_accessed(self, times: Mapping[int, float]) -> None:
+        """Set when each of these slots was used last."""
+        floats, first = self.floats, (self._records >> 1) + W_ACCESSED
+        for slot, moment in times.items():
+            floats[first + slot * (HALVES_PER_RECORD >> 1)] = moment
+
     def is_pinned(self, slot: int) -> bool:
         """Whether any session pins it."""
         words = self.words
         word = ((self._records + slot * HALVES_PER_RECORD) >> 1) + W_PINS
-        return bool(words[word] or words[word + 1]) or self._is_read(slot)
+        return bool(words[word] or words[word + 1]) or self.is_read(slot)
 
-    def _is_read(self, slot: int) -> bool:
+    def is_read(self, slot: int) -> bool:
         """Whether any session pins it by naming it."""
         top = min(self.words[TOP_SESSION], MAX_SESSIONS)
         return slot in self.words[self._reads : self._reads + top].tolist()
@@ -2537,6 +2682,8 @@ class EntryTable:
         self.session = session
         self._own_pins = self._records + R_PINS + (session >> 5)  # of slot 0; those of others lie whole records further
         self._own_bit = 1 << (session & 31)
+        self._own_noted = self._noted + session
+        self._own_uses = 8 * self._uses + USES.size * session
 
     def pin(self, slot: int) -> None:
         """Set our own pin: a single write, so that no crash leaves half of it."""
@@ -2558,9 +2705,53 @@ class EntryTable:
         self.words[word] = self.words[word] + 1
 
     def misses(self) -> int:
-        """The misses of all sessions, and of those that have ended."""
+        """Return the misses of all sessions, and of those that have ended."""
         words = self.words
         return int(words[MISSES] + sum(words[self._misses : self._misses + MAX_SESSIONS].tolist()))
+
+    def hits(self) -> int:
+        """Return the hits of all sessions, and of those that have ended."""
+        words = self.words
+        return int(words[HITS] + sum(words[self._noted : self._noted + MAX_SESSIONS].tolist()))
+
+    def note_use(self, use: int) -> bool:
+        """Note a use of an entry in our own ring, without the lock; False if the ring is full.
+
+        A process that dies in here has not noted it: the number of noted uses is written last.
+        """
+        words, own = self.words, self._own_noted
+        noted = words[own]
+        if noted - words[own + MAX_SESSIONS] >= MAX_USES:
+            return False
+        at = self._own_uses + USE.size * (noted % MAX_USES)
+        self.memory[at : at + USE.size] = USE.pack(use, time.monotonic())
+        words[own] = noted + 1
+        return True
+
+    def take_uses(self) -> list[tuple[float, int]]:
+        """Empty the rings: (monotonic time, slot) of each use, oldest first.
+
+        Uses of entries that have been changed since they were noted are left out.
+        """
+        words, records, top_slot = self.words, self._records, self.num_slots
+        found: list[tuple[float, int]] = []
+        sources = 0
+        for session in range(min(words[TOP_SESSION], MAX_SESSIONS)):
+            noted, counted = words[self._noted + session], words[self._counted + session]
+            if noted != counted:
+                at = 8 * self._uses + USES.size * session
+                ring = USES.unpack(self.memory[at : at + USES.size])
+                for number in range(max(counted, noted - MAX_USES), noted):
+                    place = 2 * (number % MAX_USES)
+                    use = ring[place]
+                    slot = use & 0xFFFFFFFF
+                    if slot <= top_slot and (words[(records + slot * HALVES_PER_RECORD) >> 1] == use - slot + COMPLETE):
+                        found.append((ring[place + 1], slot))
+                words[self._counted + session] = noted
+                sources += 1
+        if sources > 1:
+            found.sort()
+        return found
 
     def set_pin(self, slot: int, session: int, pinned: bool) -> None:
         """Set or clear the pin of any session."""
@@ -3367,23 +3558,15 @@ def _wait_for_lock(fd: int, words: memoryview) -> None:
     words[WAITED_FOR] = 0
 
 
-def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Concatenate[KVCachePool, _P], _R]:
+def _lock_for(
+    method: Callable[Concatenate[KVCachePool, _P], _R], after_close: bool
+) -> Callable[Concatenate[KVCachePool, _P], _R]:
     """Run a method under the pool's lock, after putting in order what others, or an interrupt, left behind.
 
     A KeyboardInterrupt may arrive after any call. `with` on an RLock (C code) and `flock` inside the try block leave no
     gap in which a lock could stay held: unlocking what is not locked does no harm. A wrapper of our own around both,
     used with `with`, would have one, at the first instruction of its `__exit__`.
     """
-    ends_something = method.__name__ in (
-        "_unpin",
-        "_unpin_many",
-        "_free_unread",
-        "_close_path",
-        "_commit",
-        "_join",
-        "_leave",
-    )  # done for views of a closed pool too
-
     flock, try_lock, unlock = fcntl.flock, fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN
 
     @functools.wraps(method)
@@ -3399,7 +3582,7 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
             try:
                 self._is_locked = True  # to the very end: a handler that came in would unlock for us
                 segment = self._segment
-                if segment is None or (self._closing and not ends_something):
+                if segment is None or (self._closing and not after_close):
                     raise PoolClosedError.of(self.name, self._lost)
                 fd = segment.fd
                 try:
@@ -3409,6 +3592,8 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                 words = self._words
                 if self._untidy or self._gone_views or words[DIRTY] or words[POLICY] != self._policy:
                     self._recover_locked()
+                if words[USED]:
+                    self._count_uses_locked()
                 return method(self, *args, **kwargs) if kwargs else method(self, *args)  # type: ignore[call-arg]
             except CacheError:
                 raise
@@ -3429,6 +3614,18 @@ def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Conc
                     self._is_locked = False
 
     return cast("Callable[Concatenate[KVCachePool, _P], _R]", locked)
+
+
+def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Concatenate[KVCachePool, _P], _R]:
+    """Run a method under the pool's lock; PoolClosedError once the pool is closed."""
+    return _lock_for(method, after_close=False)
+
+
+def _locked_after_close(
+    method: Callable[Concatenate[KVCachePool, _P], _R],
+) -> Callable[Concatenate[KVCachePool, _P], _R]:
+    """Run a method under the pool's lock, also for views and writes that outlive `close`: it ends something."""
+    return _lock_for(method, after_close=True)
 
 
 class _ClosedMemory:
@@ -3675,8 +3872,9 @@ class KVCachePool:
     """A pool of KV blocks in memory that every process of the host can open by name.
 
     All methods are safe to call from several threads and processes at once, and may be interrupted or killed at any
-    point. Methods that read or change entries take the pool's lock for a few microseconds; values of more than 64 KiB
-    are copied outside it. After `fork` the child goes on with locks of its own; views and pins stay the parent's.
+    point. Reads take no lock, so processes read side by side. What changes entries takes the pool's lock for a few
+    microseconds; values of more than 64 KiB are copied outside it. After `fork` the child goes on with locks of its
+    own; views and pins stay the parent's.
     """
 
     _lost = "is closed"  # or how it came to be
@@ -3751,6 +3949,7 @@ class KVCachePool:
         self._data_offset = geometry.data_offset
         self._policy = 0  # what the header word POLICY said last
         self._recorded, self._accesses = geometry.num_recorded, geometry.accesses_offset >> 3
+        self._is_lock_free = LOADS_IN_ORDER and not self._recorded  # a recorded access needs the lock
         self._table = EntryTable(segment)
         self._allocator = BitmapAllocator(
             geometry.num_blocks,
@@ -3956,11 +4155,11 @@ class KVCachePool:
 
     # --- putting in order --------------------------------------------------------------------------------------------
 
-    @_locked
+    @_locked_after_close
     def _join(self) -> None:
         """Become a session, by way of `_recover_locked`."""
 
-    @_locked
+    @_locked_after_close
     def _leave(self) -> None:
         assert self._segment is not None
         self._segment.forget_session_locked(self._segment.session)
@@ -4000,6 +4199,19 @@ class KVCachePool:
             self._reap_locked()
             self._rebuild_locked()
         del self._untidy[:untidy]  # done; what other threads have appended meanwhile stays
+
+    def _count_uses_locked(self) -> None:
+        """Bring the order up to date with the uses that readers without the lock have noted."""
+        self._words[USED] = 0
+        with self._barrier:  # a reader notes first and then looks at USED: one of the two sees the other
+            pass
+        uses = self._table.take_uses()
+        if uses:
+            self._words[DIRTY] = 1
+            self._order.touch_all_locked([slot for _, slot in uses])
+            self._words[DIRTY] = 0
+            boot = time.time() - time.monotonic()
+            self._table.set_all_accessed({slot: boot + moment for moment, slot in uses})
 
     def _follow_policy_locked(self) -> None:
         """Go by the policy that the header names, which `set_eviction_policy` has changed, here or elsewhere."""
@@ -4135,6 +4347,8 @@ class KVCachePool:
                 self._table.halves[record] = FREE
             elif slot in busy and self._table.halves[record] == COMPLETE:  # replaced while somebody reads it
                 self._table.halves[record] = CONDEMNED
+        for slot in entries:  # before any block is free: readers without the lock must notice
+            self._table.complete(slot)
         self._table.rebuild(sorted(entries, key=lambda slot: self._order.numbers_locked(slot)[0]), others)
         self._allocator.rebuild_locked(self._table.extent(slot) for slot in kept)
         self._order.rebuild_locked(entries)
@@ -4208,12 +4422,12 @@ class KVCachePool:
         if self._table.halves[self._table.record(slot)] == CONDEMNED and not self._table.is_pinned(slot):
             self._free_locked([slot])
 
-    @_locked
+    @_locked_after_close
     def _unpin(self, token: int) -> None:
         if token in self._holds:  # else: taken over by a parent's child, or tidied away
             self._unpin_locked(token)
 
-    @_locked
+    @_locked_after_close
     def _free_unread(self, slot: int) -> None:
         self._free_unread_locked(slot)
 
@@ -4311,21 +4525,22 @@ class KVCachePool:
         victim = next(self._candidates_locked(old), 0)
         start, length = table.extent(victim)
         must_evict = need_slot or num_blocks > self._geometry.num_blocks - self._words[ALLOCATED]
-        if victim and victim != old and must_evict and length >= num_blocks:
-            self._evict_locked((victim,))  # as the plan would have it
-            return start
-        plan = self._plan_room_locked(num_blocks, need_slot, old)
-        if plan is None and self._reclaim_locked():
+        if victim and victim != old and must_evict and length >= num_blocks and self._evict_locked((victim,)):
+            return start  # as the plan would have it
+        while True:
             plan = self._plan_room_locked(num_blocks, need_slot, old)
-        if plan is None:
-            return None
-        victims, moves = plan
-        if old in victims:  # then to the end of the put: a look-up without the lock would find neither value
-            self._words[DIRTY] = 1
-        self._evict_locked(victims)
-        for slot, target in moves:
-            self._move_locked(slot, target)
-        return self._allocator.find_locked(num_blocks)
+            if plan is None and self._reclaim_locked():
+                plan = self._plan_room_locked(num_blocks, need_slot, old)
+            if plan is None:
+                self._words[DIRTY] = 0
+                return None
+            victims, moves = plan
+            if old in victims:  # then to the end of the put: a look-up without the lock would find neither value
+                self._words[DIRTY] = 1
+            # A view that begins just now, without the lock, makes either of these fail: plan anew.
+            if self._evict_locked(victims) and all(self._move_locked(slot, target) for slot, target in moves):
+                return self._allocator.find_locked(num_blocks)
+            need_slot = self._is_full_locked(old)
 
     def _plan_room_locked(self, num_blocks: int, need_slot: bool, old: int) -> Plan | None:
         in_use, _ = self._fixed_locked(self._table.used())  # takes far less than the whole layout
@@ -4344,8 +4559,21 @@ class KVCachePool:
         if last and not is_pinned(last):
             yield last
 
-    def _move_locked(self, slot: int, target: int) -> None:
-        """Move an entry's blocks. Its record points to the old place until all is copied.
+    def _seal_off_locked(self, slot: int) -> bool:
+        """Keep readers from an entry whose value is about to change in place; False if one has it pinned just now.
+
+        A reader pins first, and then looks at the seal. So whoever changes the seal first and then looks at the pins
+        sees the pin, or is seen. The lock is for its memory barrier. DIRTY is set; `EntryTable.end_change` must follow.
+        """
+        self._table.begin_change(slot)
+        with self._barrier:
+            is_read = self._table.is_read(slot)  # other pins take the lock: there was none when the caller looked
+        if is_read:
+            self._table.end_change(slot)
+        return not is_read
+
+    def _move_locked(self, slot: int, target: int) -> bool:
+        """Move an entry's blocks; False if it is pinned. Its record points to the old place until all is copied.
 
         Where old and new place overlap (a slide to the left), pieces no longer than the distance are copied, each noted
         in the journal: whatever was overwritten had been copied before, so a crash can be picked up at the noted piece.
@@ -4353,12 +4581,17 @@ class KVCachePool:
         start, num_blocks = self._table.extent(slot)
         words = self._words
         was_dirty, words[DIRTY] = words[DIRTY], 1
+        if not self._seal_off_locked(slot):
+            words[DIRTY] = was_dirty
+            return False
         words[MOVE_FROM], words[MOVE_TO], words[MOVE_DONE] = start, target, 0
         words[MOVE_SLOT] = slot
         self._finish_move_locked()
+        self._table.end_change(slot)
         self._allocator.free_locked(start, num_blocks)
         self._allocator.take_locked(target, num_blocks)
         words[DIRTY] = was_dirty
+        return True
 
     def _finish_move_locked(self) -> None:
         """Do what the move journal says, from the piece where it stands."""
@@ -4381,29 +4614,29 @@ class KVCachePool:
             self._table.halves[record + R_START] = target
         words[MOVE_SLOT] = 0
 
-    def _evict_locked(self, slots: Iterable[int]) -> None:
+    def _evict_locked(self, slots: Iterable[int]) -> bool:
+        """Evict entries; return True if all their blocks are free, which no view that begins just now prevents."""
         words = self._words
-        was_dirty = words[DIRTY]
+        was_dirty, all_free = words[DIRTY], True
         for slot in slots:
             words[DIRTY] = 1
             if self._order.is_adaptive:
                 self._order.remember_locked(slot, self._table.key(slot))
-            self._drop_locked(slot)
+            all_free = self._drop_locked(slot) and all_free
             words[EVICTIONS] += 1
             words[DIRTY] = was_dirty
+        return all_free
 
-    def _drop_locked(self, slot: int) -> None:
-        """Take an entry out of the pool; its blocks follow when nobody reads them any more. DIRTY is set."""
+    def _drop_locked(self, slot: int) -> bool:
+        """Take an entry out of the pool; its blocks follow when nobody reads them any more: False. DIRTY is set."""
         table, words = self._table, self._words
         halves = table.halves
         record = table.record(slot)
-        pinned = table.is_pinned(slot)
-        if pinned:
-            # Its reader clears its word without the lock, and then looks for CONDEMNED; so look again, in the opposite
-            # order, or neither would free the blocks. The lock is for its memory barrier.
-            halves[record] = CONDEMNED
-            with self._barrier:
-                pinned = table.is_pinned(slot)
+        # A reader pins without the lock, and then looks at the seal; it unpins, and then looks for CONDEMNED. So change
+        # that first and look at the pins second. The lock is for its memory barrier.
+        halves[record] = CONDEMNED
+        with self._barrier:
+            pinned = table.is_pinned(slot)
         if not pinned:
             halves[record] = FREE
         table.unlink(slot)
@@ -4414,6 +4647,7 @@ class KVCachePool:
         else:
             self._allocator.free_locked(halves[record + R_START], halves[record + R_BLOCKS])
             table.release(slot)
+        return not pinned
 
     # --- storing -----------------------------------------------------------------------------------------------------
 
@@ -4497,7 +4731,7 @@ class KVCachePool:
         words[DIRTY] = 1
         self._allocator.take_locked(start, num_blocks)
         # Swapping in the blocks spares half of what a new record, and dropping the old one, would cost.
-        if old and table.is_same(old, size, table.tell(key, meta)):
+        if old and table.is_same(old, size, table.tell(key, meta)) and self._seal_off_locked(old):
             self._swap_locked(old, start, num_blocks)
         else:
             slot = table.claim(key, size, start, num_blocks, table.session, meta)
@@ -4506,10 +4740,11 @@ class KVCachePool:
         return True
 
     def _swap_locked(self, slot: int, start: int, num_blocks: int) -> None:
-        """Give an entry that nobody pins a new value, in blocks that are marked already. DIRTY is set."""
+        """Give an entry that is sealed off a new value, in blocks that are marked already. DIRTY is set."""
         table, words = self._table, self._words
         extent = table.extent(slot)
         table.swap(slot, start, num_blocks)
+        table.end_change(slot)
         self._allocator.free_locked(*extent)
         self._order.replace_locked(slot)
         words[PUTS] = words[PUTS] + 1
@@ -4519,7 +4754,7 @@ class KVCachePool:
         slot = self._reserve_locked(key, size, meta, token)
         return self._table.place(slot) if slot else None
 
-    @_locked
+    @_locked_after_close
     def _commit(
         self,
         token: int,
@@ -4547,7 +4782,7 @@ class KVCachePool:
             victim = next(self._candidates_locked(), 0)
             self._evict_locked([victim] if victim else [])
         words[DIRTY] = 1
-        if old and times is None and table.is_same(old, *table.told_by(slot)):
+        if old and times is None and table.is_same(old, *table.told_by(slot)) and self._seal_off_locked(old):
             table.halves[record] = FREE  # first: two records must not have the same blocks
             self._swap_locked(old, *table.extent(slot))
             table.release(slot)
@@ -4571,7 +4806,7 @@ class KVCachePool:
         """Make a record that has been filled in an entry, in place of `old`. DIRTY is set."""
         table, order, words = self._table, self._order, self._words
         order.stamp_locked(slot, count, priority)
-        table.halves[table.record(slot)] = COMPLETE
+        table.complete(slot)
         if old:
             self._drop_locked(old)
         table.link(slot)
@@ -4622,12 +4857,23 @@ class KVCachePool:
     def get(self, key: str) -> bytes | None:
         """A copy of the value, None if there is none. Changes: eviction order, use count, statistics."""
         encoded = encode_key(key)
-        slot, changes = self._look_up(encoded)
-        if not slot and changes >= 0 and self._count_miss():
-            return None
+        try:
+            for _ in range(UNLOCKED_TRIES):
+                words, table = self._words, self._table
+                if self._untidy or self._gone_views or self._closing or not (self._is_lock_free and _own_process[0]):
+                    break
+                changes, is_dirty = words[CHANGES], words[DIRTY]
+                use, value = table.read_value(encoded)
+                if use > 0:
+                    self._note_use(use)
+                    return value
+                if not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes and self._count_miss():
+                    return None
+        except (PoolClosedError, IndexError, ValueError):  # closed by another thread, or led astray by a change
+            pass
         token = next(self._tokens)
         try:
-            found = self._get(encoded, token, slot, changes)
+            found = self._get(encoded, token)
             if isinstance(found, tuple):
                 offset, size = found
                 found = self._memory[offset : offset + size]
@@ -4637,6 +4883,11 @@ class KVCachePool:
             self._tidy_up()
             raise
         return found
+
+    def _may_read_unlocked(self) -> bool:
+        """Return True if nothing of this handle has to be put in order under the lock first."""
+        nothing_due = not (self._untidy or self._gone_views or self._closing)
+        return nothing_due and self._is_lock_free and bool(_own_process[0])
 
     def _look_up(self, key: bytes) -> tuple[int, int]:
         """(slot or 0, CHANGES for which that is true), without the lock; (0, -1) if that can't be told without it."""
@@ -4652,6 +4903,24 @@ class KVCachePool:
             pass
         return 0, -1
 
+    def _note_use(self, use: int) -> None:
+        """Note a use of an entry without the lock; a full ring is emptied first, under it."""
+        try:
+            with self._barrier:  # other threads use the same ring; and a memory barrier before USED is looked at
+                is_noted = self._table.note_use(use)
+            if not is_noted:
+                self._count_uses()
+                with self._barrier:
+                    self._table.note_use(use)
+            if not self._words[USED]:
+                self._words[USED] = 1
+        except (ValueError, CacheError):  # closed meanwhile; or this is a signal handler that interrupted a call
+            pass
+
+    @_locked
+    def _count_uses(self) -> None:
+        """Count what readers have noted, as every call does that takes the lock."""
+
     def _count_miss(self) -> bool:
         """Count a miss without the lock; False if that can't be done, or the pool also records accesses."""
         with self._mutex:  # not a lock of the parent's: `_look_up` has just looked
@@ -4664,9 +4933,9 @@ class KVCachePool:
             return True
 
     @_locked
-    def _get(self, key: bytes, token: int, slot: int, changes: int) -> bytes | tuple[int, int] | None:
+    def _get(self, key: bytes, token: int) -> bytes | tuple[int, int] | None:
         """The value, or if it is large (offset, size) of it, pinned."""
-        slot = self._use_locked(key, slot, changes)
+        slot = self._use_locked(key)
         if not slot:
             return None
         offset, size = self._table.place(slot)
@@ -4675,11 +4944,10 @@ class KVCachePool:
         self._read_locked(slot, token)
         return offset, size
 
-    def _use_locked(self, key: bytes, slot: int = 0, changes: int = -1) -> int:
-        """Find an entry, if `_look_up` has not, and count a use of it, or a miss (0)."""
+    def _use_locked(self, key: bytes) -> int:
+        """Find an entry and count a use of it, or a miss (0)."""
         table, words = self._table, self._words
-        if changes != words[CHANGES]:
-            slot = table.find(key)
+        slot = table.find(key)
         if self._recorded:
             self._record_locked(key, slot, True)
         if not slot:
@@ -4734,8 +5002,46 @@ class KVCachePool:
             self._check_open()
         return _View(self, encode_key(key))
 
-    @_locked
     def _open_view(self, key: bytes, token: int, counts: bool, is_writable: bool) -> memoryview | None:
+        """A view of an entry, pinned as `token`; without the lock if this handle has no other such view."""
+        if self._is_lock_free and not self._reader and _own_process[0]:
+            with self._mutex:  # other threads use the same word to pin
+                if not self._reader and not self._is_locked:
+                    is_done, view = self._view_unlocked(key, token, counts, is_writable)
+                    if is_done:
+                        return view
+        return self._view_locked(key, token, counts, is_writable)
+
+    def _view_unlocked(self, key: bytes, token: int, counts: bool, is_writable: bool) -> tuple[bool, memoryview | None]:
+        """Return (whether that could be done without the lock, what `_open_view` returns)."""
+        segment, table, words = self._segment, self._table, self._words
+        if segment is None or self._untidy or self._gone_views or self._closing:
+            return False, None
+        try:
+            changes, is_dirty = words[CHANGES], words[DIRTY]
+            use, offset, size = table.find_use(key)
+            if use <= 0:
+                is_missing = not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes
+                return is_missing and (not counts or self._count_miss()), None
+            view = self._lend(segment.buffer if is_writable else segment.read_only, offset, size, token)
+            self._holds[token] = use & 0xFFFFFFFF
+            self._reader = token
+            table.read(use & 0xFFFFFFFF)
+            with self._barrier:  # see `_seal_off_locked`
+                is_same = table.is_current(use)
+            if is_same:
+                if counts:
+                    self._note_use(use)
+                return True, view
+        except (PoolClosedError, IndexError, ValueError):
+            return False, None
+        owner = view.obj
+        assert isinstance(owner, memoryview)
+        self._close_view(token, view, owner)
+        return False, None
+
+    @_locked
+    def _view_locked(self, key: bytes, token: int, counts: bool, is_writable: bool) -> memoryview | None:
         slot = self._use_locked(key) if counts else self._table.find(key)
         segment = self._segment
         if not slot or segment is None:
@@ -4865,11 +5171,46 @@ class KVCachePool:
         path = self._path_locked(keys)
         self._touch_path_locked(path, frozenset(path))
 
-    @_locked
     def count_path(self, keys: Sequence[str]) -> int:
-        """How many of these keys are there before the first that is missing; changes nothing."""
+        """Return how many of these keys are there before the first that is missing; changes nothing.
+
+        Takes no lock, unless a writer is in the way: some 64 keys each are looked up as of one moment.
+        """
         check_keys(keys)
-        return len(self._path_locked([encode_key(key) for key in keys]))
+        encoded = [encode_key(key) for key in keys]
+        count = 0
+        while count < len(encoded):
+            some = encoded[count : count + KEYS_A_LOOK]
+            found = self._count_unlocked(some)
+            if found < 0:
+                found = self._count_path(some)
+            count += found
+            if found < len(some):
+                break
+        return count
+
+    def _count_unlocked(self, keys: list[bytes]) -> int:
+        """Return how many of these keys are there before the first that is missing; -1: that takes the lock."""
+        with contextlib.suppress(PoolClosedError, IndexError, ValueError):
+            words, find = self._words, self._table.find
+            for _ in range(UNLOCKED_TRIES):
+                changes = words[CHANGES]
+                if not self._may_read_unlocked():
+                    break
+                if words[DIRTY]:
+                    continue
+                count = 0
+                for key in keys:
+                    if not find(key):
+                        break
+                    count += 1
+                if not words[DIRTY] and words[CHANGES] == changes:
+                    return count
+        return -1
+
+    @_locked
+    def _count_path(self, keys: list[bytes]) -> int:
+        return len(self._path_locked(keys))
 
     def _path_locked(self, keys: Iterable[bytes]) -> list[int]:
         return list(itertools.takewhile(bool, map(self._table.find, keys)))
@@ -4901,7 +5242,7 @@ class KVCachePool:
             opened.append((view, entry, self._table.halves[self._table.record(slot) + R_CHECKSUM]))
         return opened
 
-    @_locked
+    @_locked_after_close
     def _close_path(self, views: Sequence[memoryview], token: int) -> None:
         for number, view in enumerate(views):
             if _take_back(view, cast(memoryview, view.obj)):  # else see `_close_view`: an error's traceback has arrays
@@ -4909,7 +5250,7 @@ class KVCachePool:
                     self._unpin_locked(token + number)
                 self._view_refs.pop(token + number, None)
 
-    @_locked
+    @_locked_after_close
     def _unpin_many(self, tokens: Iterable[int]) -> None:
         for token in tokens:
             if token in self._holds:
@@ -5054,6 +5395,25 @@ class KVCachePool:
     def __bool__(self) -> bool:
         return True  # an empty pool is still a pool
 
+    def peek(self, key: str) -> CacheEntry | None:
+        """Return what the pool knows about an entry, None if there is none; counts nothing and changes nothing.
+
+        Takes no lock, unless uses by others have yet to be counted, or a writer is in the way.
+        """
+        self._check_open()
+        encoded = encode_key(key)
+        with contextlib.suppress(PoolClosedError, IndexError, ValueError):
+            for _ in range(UNLOCKED_TRIES):
+                words, table, changes = self._words, self._table, self._words[CHANGES]
+                if not self._may_read_unlocked() or words[DIRTY] or words[USED]:
+                    break
+                use, _, _ = table.find_use(encoded)
+                copy = self._copy_locked(use & 0xFFFFFFFF) if use > 0 else b""
+                if words[DIRTY] or words[CHANGES] != changes or use < 0 or (copy and not table.is_current(use)):
+                    continue
+                return self._decode(copy) if copy else None
+        return self._describe(encoded)
+
     def find_by_prefix(self, prefix_hash: str) -> list[CacheEntry]:
         """The entries stored with that prefix hash, oldest first.
 
@@ -5186,7 +5546,7 @@ class KVCachePool:
         self._reclaim_locked()
         geometry, words = self._geometry, self._words
         allocated, total = self._allocator.get_usage()
-        hits, misses = words[HITS], self._table.misses()
+        hits, misses = self._table.hits(), self._table.misses()
         largest = self._allocator.largest_free_run()
         free = total - allocated
         return {
