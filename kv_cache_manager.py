@@ -15,10 +15,11 @@ Byte offsets; every section starts where the one before ends, rounded up as note
     4096              ceil(num_blocks / 8),         bitmap: 1 bit a block, 1 = in use
                       rounded up to 4096
     data_offset       num_blocks * block_size       data region: the values
-    index_offset      5 * 128 * 8                   session table, five words a session, column by column: pid of the
+    index_offset      3 * 128 * 8                   session table, three words a session, column by column: pid of the
                                                     open handle, 0 = free; slot that its view under way reads, 0 =
-                                                    none; misses; uses noted so far; uses counted so far
-                      128 * 32 * 16                 uses noted, a ring a session: slot | generation << 32; time
+                                                    none; misses
+                      128 * 32 * 16                 uses noted, 32 for each session: slot | generation << 32, 0 = none;
+                                                    then the monotonic time of each
                       2 * num_slots * 4             heads of the key chains, heads of the prefix chains
                       64 * num_slots + 104          eviction order: a 40-byte node a slot, a 24-byte bucket a slot
                       440 * (num_slots + 1)         entry table: one record a slot; slot 0 is never used
@@ -71,15 +72,16 @@ blocks are freed, moved or used for another value. So:
 2. `get` copies the value, and reads the seal again. If it is the same, the copy is whole. If not, begin again.
    A view writes the slot into its word of the session table first, then a memory barrier, then reads the seal again.
    If it is the same, the value is pinned. If not, the word is cleared, and the view takes the lock.
-3. A use is noted in the ring of the session: slot, generation, time; the number of noted uses last. A full ring takes
-   the lock, which empties it.
+3. A use is noted in a place of the session that is empty: the time first, slot and generation second; then USED is set.
+   If the place is taken, the reader takes the lock, under which all uses are counted.
 A key is missing if DIRTY was clear and CHANGES was the same before and after the walk: a writer sets the one and
 increments the other before it changes a key chain. After UNLOCKED_TRIES a reader takes the lock. A session has one word
 for a view: a second view at the same time pins by a bit in the record, under the lock.
 
 What a writer does for readers without the lock
 -----------------------------------------------
-1. Whoever takes the lock first counts the uses in all rings, in the order of time, so the eviction order is exact.
+1. Whoever takes the lock first counts the uses of all sessions, in the order of time, and clears their places. So the
+   eviction order is exact whenever it is looked at, and so is the number of hits.
 2. To drop an entry: write CONDEMNED, then a memory barrier, then look at the pins. Pinned blocks stay as they are.
 3. To move a value, or replace it in place: mark the seal as CHANGING, then a barrier, then look at the pins; a pinned
    value stays. Change where the value lies. Clear the mark. Free the old blocks.
@@ -212,6 +214,7 @@ BOOT_ID = 124  # the first of NUM_BOOT_IDS words: boots that the index is known 
 NUM_BOOT_IDS = 4
 
 MAX_SESSIONS = 128
+NO_SESSION = 1 << 40  # whose words lie outside of any segment
 MAX_USES = 32  # uses that a session notes before somebody must take the lock for them
 SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
 PRESENCE_BYTE = 1 << 60  # lock offsets, far behind any file
@@ -239,8 +242,6 @@ FREE, WRITING, COMPLETE, CONDEMNED = range(4)
 # The first word of a record, its seal: state, and generation << 32. The lowest bit of the generation is set while the
 # value is being moved or replaced in place.
 CHANGING = 1 << 32
-USE = struct.Struct("qd")  # a use of an entry, as a reader notes it: slot | generation << 32; monotonic time
-USES = struct.Struct("qd" * MAX_USES)
 SEAL_MASK = CHANGING | 0xFFFFFFFF  # leaves COMPLETE of the seal of an entry that can be read without the lock
 MAX_GENERATION = (1 << 31) - 2
 UNLOCKED_TRIES = 3  # to read without the lock before taking it
@@ -664,7 +665,7 @@ class Geometry(NamedTuple):
 
     @property
     def heads_offset(self) -> int:
-        return self.index_offset + (40 + 16 * MAX_USES) * MAX_SESSIONS
+        return self.index_offset + (24 + 16 * MAX_USES) * MAX_SESSIONS
 
     @property
     def order_offset(self) -> int:
@@ -2188,20 +2189,18 @@ class Segment:
         base = self.header.geometry.index_offset // 8
         for number in range(MAX_SESSIONS):
             if number not in taken and _try_lock_byte(self.fd, fcntl.F_WRLCK, SESSION_BYTE + number):
-                for column in (1, 3, 4):  # what it reads, and the uses that it has noted
-                    self.words[base + column * MAX_SESSIONS + number] = 0
+                self.words[base + MAX_SESSIONS + number] = 0
                 self.words[TOP_SESSION] = max(self.words[TOP_SESSION], number + 1)
                 self.words[base + number] = os.getpid()
                 return number
         return -1
 
     def forget_session_locked(self, session: int) -> None:
-        """Clear a session that nothing refers to any more; its misses and hits stay counted."""
+        """Clear a session that nothing refers to any more; its misses stay counted."""
         words, pid = self.words, self.header.geometry.index_offset // 8 + session
-        for total, own in ((MISSES, pid + 2 * MAX_SESSIONS), (HITS, pid + 3 * MAX_SESSIONS)):
-            counted, words[own] = words[own], 0
-            words[total] = (words[total] + counted) & I64_MAX
-        words[pid + 4 * MAX_SESSIONS] = 0
+        own = pid + 2 * MAX_SESSIONS
+        misses, words[own] = words[own], 0
+        words[MISSES] = (words[MISSES] + misses) & I64_MAX
         words[pid] = 0
 
     def can_be_locked(self, patience: float) -> bool:
@@ -2404,6 +2403,14 @@ def _remove_leftovers(directory: str, force: bool = False) -> tuple[list[str], l
 # ======================================================================================================================
 
 
+def _fence() -> None:
+    """Let no read after it come before a write ahead of it. A lock of its own: nobody else ever waits for it.
+
+    Taking a lock that this thread has already would be no fence, nor would one be free of waiting that others have.
+    """
+    threading.Lock().acquire()
+
+
 _NOT_ZERO = re.compile(rb"[^\0]")
 
 
@@ -2426,9 +2433,7 @@ class EntryTable:
         self._geometry = geometry
         self._reads = geometry.index_offset // 8 + MAX_SESSIONS
         self._misses = self._reads + MAX_SESSIONS
-        self._noted = self._misses + MAX_SESSIONS  # uses that each session has noted so far: its hits without the lock
-        self._counted = self._noted + MAX_SESSIONS  # those of them that are counted in the order
-        self._uses = self._counted + MAX_SESSIONS  # the rings: MAX_USES times `USE`
+        self._uses = self._misses + MAX_SESSIONS  # for each session MAX_USES uses, and then their times
         self._data_offset, self._block_size = geometry.data_offset, geometry.block_size
         self._records = geometry.records_offset // 4
         self._key_heads = geometry.heads_offset // 4
@@ -2500,16 +2505,22 @@ class EntryTable:
         words[GENERATION] = generation = words[GENERATION] % MAX_GENERATION + 2 & ~1
         words[(self._records + slot * HALVES_PER_RECORD) >> 1] = COMPLETE | generation << 32
 
-    def begin_change(self, slot: int) -> None:
-        """Give an entry a new generation, marked as changing: nobody begins to read it without the lock."""
-        words = self.words
-        words[GENERATION] = generation = words[GENERATION] % MAX_GENERATION + 2 & ~1
-        words[(self._records + slot * HALVES_PER_RECORD) >> 1] = COMPLETE | CHANGING | generation << 32
+    def begin_change(self, slot: int) -> bool:
+        """Keep readers without the lock from an entry whose value is about to change in place, or move.
 
-    def end_change(self, slot: int) -> None:
-        """Let others read an entry without the lock again."""
+        False, and nothing is changed, if one has it pinned just now; others pin under the lock. A reader pins first and
+        then looks at the seal. So whoever changes the seal first and then looks at the pins sees the pin, or is seen.
+        `complete` must follow.
+        """
+        words = self.words
         word = (self._records + slot * HALVES_PER_RECORD) >> 1
-        self.words[word] = self.words[word] & ~CHANGING
+        words[word] = seal = words[word] | CHANGING
+        _fence()
+        top = min(words[TOP_SESSION], MAX_SESSIONS)
+        if slot in words[self._reads : self._reads + top].tolist():
+            words[word] = seal ^ CHANGING
+            return False
+        return True
 
     def claim(self, key: bytes, size: int, start: int, num_blocks: int, owner: int, meta: EntryMeta) -> int:
         """Fill in a record, its state still FREE; returns its slot, 0 if all are taken."""
@@ -2682,8 +2693,7 @@ class EntryTable:
         self.session = session
         self._own_pins = self._records + R_PINS + (session >> 5)  # of slot 0; those of others lie whole records further
         self._own_bit = 1 << (session & 31)
-        self._own_noted = self._noted + session
-        self._own_uses = 8 * self._uses + USES.size * session
+        self._own_uses = self._uses + 2 * MAX_USES * session
 
     def pin(self, slot: int) -> None:
         """Set our own pin: a single write, so that no crash leaves half of it."""
@@ -2709,49 +2719,41 @@ class EntryTable:
         words = self.words
         return int(words[MISSES] + sum(words[self._misses : self._misses + MAX_SESSIONS].tolist()))
 
-    def hits(self) -> int:
-        """Return the hits of all sessions, and of those that have ended."""
-        words = self.words
-        return int(words[HITS] + sum(words[self._noted : self._noted + MAX_SESSIONS].tolist()))
+    def note_use(self, use: int, number: int) -> bool:
+        """Note a use of an entry for this session, without the lock; False if the place of that number is taken.
 
-    def note_use(self, use: int) -> bool:
-        """Note a use of an entry in our own ring, without the lock; False if the ring is full.
-
-        A process that dies in here has not noted it: the number of noted uses is written last.
+        Threads and signal handlers pass different numbers, so they need no lock between them. A process that dies in
+        here has not noted it.
         """
-        words, own = self.words, self._own_noted
-        noted = words[own]
-        if noted - words[own + MAX_SESSIONS] >= MAX_USES:
+        at = self._own_uses + number % MAX_USES
+        if self.words[at]:
             return False
-        at = self._own_uses + USE.size * (noted % MAX_USES)
-        self.memory[at : at + USE.size] = USE.pack(use, time.monotonic())
-        words[own] = noted + 1
+        self.floats[at + MAX_USES] = time.monotonic()
+        self.words[at] = use
         return True
 
-    def take_uses(self) -> list[tuple[float, int]]:
-        """Empty the rings: (monotonic time, slot) of each use, oldest first.
+    def take_uses(self) -> tuple[int, list[tuple[float, int]]]:
+        """Clear what sessions have noted: (number of uses, (monotonic time, slot) of each, oldest first).
 
-        Uses of entries that have been changed since they were noted are left out.
+        Uses of entries that have been changed since are not in the list.
         """
-        words, records, top_slot = self.words, self._records, self.num_slots
+        words, floats, records, top_slot = self.words, self.floats, self._records, self.num_slots
         found: list[tuple[float, int]] = []
-        sources = 0
-        for session in range(min(words[TOP_SESSION], MAX_SESSIONS)):
-            noted, counted = words[self._noted + session], words[self._counted + session]
-            if noted != counted:
-                at = 8 * self._uses + USES.size * session
-                ring = USES.unpack(self.memory[at : at + USES.size])
-                for number in range(max(counted, noted - MAX_USES), noted):
-                    place = 2 * (number % MAX_USES)
-                    use = ring[place]
+        count, at = 0, self._uses
+        for _ in range(min(words[TOP_SESSION], MAX_SESSIONS)):
+            for number, use in enumerate(words[at : at + MAX_USES].tolist(), at):
+                if use:
+                    moment = floats[number + MAX_USES]
+                    words[number] = 0
+                    count += 1
                     slot = use & 0xFFFFFFFF
-                    if slot <= top_slot and (words[(records + slot * HALVES_PER_RECORD) >> 1] == use - slot + COMPLETE):
-                        found.append((ring[place + 1], slot))
-                words[self._counted + session] = noted
-                sources += 1
-        if sources > 1:
-            found.sort()
-        return found
+                    if slot <= top_slot:
+                        seal = words[(records + slot * HALVES_PER_RECORD) >> 1]
+                        if seal == use - slot + COMPLETE:
+                            found.append((moment, slot))
+            at += 2 * MAX_USES
+        found.sort()
+        return count, found
 
     def set_pin(self, slot: int, session: int, pinned: bool) -> None:
         """Set or clear the pin of any session."""
@@ -3663,9 +3665,9 @@ def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview
         with contextlib.suppress(ValueError, PoolClosedError):  # another thread has just ended the session
             table = pool._table
             table.read(0)
-            with pool._barrier:  # as in `_release_pin`
-                if table.halves[table.record(pool._holds.get(pool._reader, 0))] == CONDEMNED:
-                    pool._words[UNREAD] = 1
+            _fence()  # as in `_release_pin`
+            if table.halves[table.record(pool._holds.get(pool._reader, 0))] == CONDEMNED:
+                pool._words[UNREAD] = 1
 
 
 def _try_lock(lock: Any) -> Any:
@@ -3924,7 +3926,7 @@ class KVCachePool:
         self._path = segment.path
         self._identity = segment.header.identity
         self._mutex = threading.RLock()
-        self._barrier = threading.RLock()
+        self._use_numbers = itertools.count()
         self._is_locked = False
         self._closing = False
         # What this handle holds: token -> slot that it pins or writes. It is the truth about our own pins and WRITING
@@ -4134,7 +4136,6 @@ class KVCachePool:
         """In a forked child: locks and session of our own, and none of the parent's views, pins and writes."""
         segment = self._segment
         self._mutex = threading.RLock()
-        self._barrier = threading.RLock()
         self._is_locked = False
         for mapping in (self._holds, self._pins, self._view_refs, self._array_refs, self._pins_by_key):
             mapping.clear()
@@ -4143,6 +4144,7 @@ class KVCachePool:
         self._reader, self._reader_ref = 0, None
         self._releasing = 0
         self._untidy = [0]
+        self._table.act_for(NO_SESSION)  # a call that was interrupted by the fork goes on in the child
         _lent_out.discard(self)
         if segment is not None and self._closing:  # the views that it waits for are the parent's
             self._shut(wait=False)
@@ -4202,10 +4204,11 @@ class KVCachePool:
 
     def _count_uses_locked(self) -> None:
         """Bring the order up to date with the uses that readers without the lock have noted."""
-        self._words[USED] = 0
-        with self._barrier:  # a reader notes first and then looks at USED: one of the two sees the other
-            pass
-        uses = self._table.take_uses()
+        words = self._words
+        words[USED] = 0
+        _fence()  # a reader notes first and then looks at USED: one of the two sees the other
+        count, uses = self._table.take_uses()
+        words[HITS] = words[HITS] + count
         if uses:
             self._words[DIRTY] = 1
             self._order.touch_all_locked([slot for _, slot in uses])
@@ -4289,6 +4292,7 @@ class KVCachePool:
         found = self._reap_locked()
         if self._words[UNREAD] or (not only_signs and self._words[NUM_BUSY] > len(self._writes)):
             self._words[UNREAD] = 0
+            _fence()
             busy = self._words[NUM_BUSY]
             self._settle_locked({})
             found = found or self._words[NUM_BUSY] < busy
@@ -4339,14 +4343,17 @@ class KVCachePool:
         self._finish_move_locked()
         self._settle_locked({})
         problems, entries, others = self._sound_records_locked()
+        replaced = set(self._table.slots(COMPLETE)).difference(entries)
+        if replaced:  # readers without the lock may just pin them: mark them first, as in `_drop_locked`
+            for slot in replaced:
+                self._table.halves[self._table.record(slot)] = CONDEMNED
+            _fence()
+            self._settle_locked({})
+            _, entries, others = self._sound_records_locked()
         kept = {*entries, *others}
-        busy = set(others)
         for slot in self._table.slots(WRITING, COMPLETE, CONDEMNED):
-            record = self._table.record(slot)
             if slot not in kept:
-                self._table.halves[record] = FREE
-            elif slot in busy and self._table.halves[record] == COMPLETE:  # replaced while somebody reads it
-                self._table.halves[record] = CONDEMNED
+                self._table.halves[self._table.record(slot)] = FREE
         for slot in entries:  # before any block is free: readers without the lock must notice
             self._table.complete(slot)
         self._table.rebuild(sorted(entries, key=lambda slot: self._order.numbers_locked(slot)[0]), others)
@@ -4440,8 +4447,8 @@ class KVCachePool:
                     before, self._releasing = self._releasing, token  # half a hold, if a callback comes in and tidies
                     self._table.read(0)
                     self._reader, self._reader_ref = 0, None  # now: a signal handler may have opened a view just before
-                    with self._barrier:  # looked at last, for it may just become so: see `_drop_locked`
-                        is_condemned = self._table.halves[self._table.record(slot)] == CONDEMNED
+                    _fence()  # looked at last, for it may just become so: see `_drop_locked`
+                    is_condemned = self._table.halves[self._table.record(slot)] == CONDEMNED
                     del self._holds[token]  # now: a signal handler that closed the pool would have unmapped it
                     self._releasing = before
                     if is_condemned:
@@ -4527,6 +4534,7 @@ class KVCachePool:
         must_evict = need_slot or num_blocks > self._geometry.num_blocks - self._words[ALLOCATED]
         if victim and victim != old and must_evict and length >= num_blocks and self._evict_locked((victim,)):
             return start  # as the plan would have it
+        need_slot = need_slot and self._is_full_locked(old)
         while True:
             plan = self._plan_room_locked(num_blocks, need_slot, old)
             if plan is None and self._reclaim_locked():
@@ -4559,19 +4567,6 @@ class KVCachePool:
         if last and not is_pinned(last):
             yield last
 
-    def _seal_off_locked(self, slot: int) -> bool:
-        """Keep readers from an entry whose value is about to change in place; False if one has it pinned just now.
-
-        A reader pins first, and then looks at the seal. So whoever changes the seal first and then looks at the pins
-        sees the pin, or is seen. The lock is for its memory barrier. DIRTY is set; `EntryTable.end_change` must follow.
-        """
-        self._table.begin_change(slot)
-        with self._barrier:
-            is_read = self._table.is_read(slot)  # other pins take the lock: there was none when the caller looked
-        if is_read:
-            self._table.end_change(slot)
-        return not is_read
-
     def _move_locked(self, slot: int, target: int) -> bool:
         """Move an entry's blocks; False if it is pinned. Its record points to the old place until all is copied.
 
@@ -4581,13 +4576,13 @@ class KVCachePool:
         start, num_blocks = self._table.extent(slot)
         words = self._words
         was_dirty, words[DIRTY] = words[DIRTY], 1
-        if not self._seal_off_locked(slot):
+        if not self._table.begin_change(slot):
             words[DIRTY] = was_dirty
             return False
         words[MOVE_FROM], words[MOVE_TO], words[MOVE_DONE] = start, target, 0
         words[MOVE_SLOT] = slot
         self._finish_move_locked()
-        self._table.end_change(slot)
+        self._table.complete(slot)
         self._allocator.free_locked(start, num_blocks)
         self._allocator.take_locked(target, num_blocks)
         words[DIRTY] = was_dirty
@@ -4633,10 +4628,10 @@ class KVCachePool:
         halves = table.halves
         record = table.record(slot)
         # A reader pins without the lock, and then looks at the seal; it unpins, and then looks for CONDEMNED. So change
-        # that first and look at the pins second. The lock is for its memory barrier.
+        # that first and look at the pins second.
         halves[record] = CONDEMNED
-        with self._barrier:
-            pinned = table.is_pinned(slot)
+        _fence()
+        pinned = table.is_pinned(slot)
         if not pinned:
             halves[record] = FREE
         table.unlink(slot)
@@ -4655,8 +4650,9 @@ class KVCachePool:
         """Store a copy of `data`, any object with the buffer protocol, replacing what is there under `key`.
 
         Keyword arguments: prefix_hash, priority, sequence_length, layer_index. False if the value can't be stored, and
-        then nothing has changed: it is larger than the data region, or pins are in the way. Changes: eviction order,
-        other entries may be evicted.
+        then nothing has changed: it is larger than the data region, or pins are in the way. (Only where a view of the
+        chosen victim begins at the same moment, an entry may go in vain.) Changes: eviction order, other entries may be
+        evicted.
 
         The old value stays readable until the new one is complete, where there is room for both once all others that
         nobody pins are evicted. Where there is not, the old value goes first, and none is left if the process is killed
@@ -4731,7 +4727,7 @@ class KVCachePool:
         words[DIRTY] = 1
         self._allocator.take_locked(start, num_blocks)
         # Swapping in the blocks spares half of what a new record, and dropping the old one, would cost.
-        if old and table.is_same(old, size, table.tell(key, meta)) and self._seal_off_locked(old):
+        if old and table.is_same(old, size, table.tell(key, meta)) and table.begin_change(old):
             self._swap_locked(old, start, num_blocks)
         else:
             slot = table.claim(key, size, start, num_blocks, table.session, meta)
@@ -4744,7 +4740,7 @@ class KVCachePool:
         table, words = self._table, self._words
         extent = table.extent(slot)
         table.swap(slot, start, num_blocks)
-        table.end_change(slot)
+        table.complete(slot)
         self._allocator.free_locked(*extent)
         self._order.replace_locked(slot)
         words[PUTS] = words[PUTS] + 1
@@ -4782,7 +4778,7 @@ class KVCachePool:
             victim = next(self._candidates_locked(), 0)
             self._evict_locked([victim] if victim else [])
         words[DIRTY] = 1
-        if old and times is None and table.is_same(old, *table.told_by(slot)) and self._seal_off_locked(old):
+        if old and times is None and table.is_same(old, *table.told_by(slot)) and table.begin_change(old):
             table.halves[record] = FREE  # first: two records must not have the same blocks
             self._swap_locked(old, *table.extent(slot))
             table.release(slot)
@@ -4904,17 +4900,15 @@ class KVCachePool:
         return 0, -1
 
     def _note_use(self, use: int) -> None:
-        """Note a use of an entry without the lock; a full ring is emptied first, under it."""
+        """Note a use of an entry without the lock; if there is no place, all are counted first, under it."""
         try:
-            with self._barrier:  # other threads use the same ring; and a memory barrier before USED is looked at
-                is_noted = self._table.note_use(use)
-            if not is_noted:
+            if not self._table.note_use(use, next(self._use_numbers)):
                 self._count_uses()
-                with self._barrier:
-                    self._table.note_use(use)
+                self._table.note_use(use, next(self._use_numbers))
+            _fence()  # see `_count_uses_locked`
             if not self._words[USED]:
                 self._words[USED] = 1
-        except (ValueError, CacheError):  # closed meanwhile; or this is a signal handler that interrupted a call
+        except (IndexError, ValueError, CacheError):  # closed meanwhile; or a signal handler inside a call, or a child
             pass
 
     @_locked
@@ -4928,7 +4922,7 @@ class KVCachePool:
                 return False
             try:
                 self._table.count_miss()
-            except (PoolClosedError, ValueError):  # a signal handler has just closed the pool
+            except (PoolClosedError, IndexError, ValueError):  # a signal handler has just closed the pool, or forked
                 return False
             return True
 
@@ -5006,39 +5000,48 @@ class KVCachePool:
         """A view of an entry, pinned as `token`; without the lock if this handle has no other such view."""
         if self._is_lock_free and not self._reader and _own_process[0]:
             with self._mutex:  # other threads use the same word to pin
-                if not self._reader and not self._is_locked:
-                    is_done, view = self._view_unlocked(key, token, counts, is_writable)
-                    if is_done:
+                if not (self._reader or self._is_locked or self._untidy or self._gone_views or self._closing):
+                    view = None
+                    try:
+                        self._is_locked = True  # a signal handler must not use the word, nor look at half a pin
+                        use, view, is_pinned = self._pin_unlocked(key, token, is_writable)
+                    finally:
+                        self._is_locked = False
+                    if is_pinned:
+                        if counts:
+                            self._note_use(use)
                         return view
+                    if view is not None:
+                        self._close_view(token, view, cast(memoryview, view.obj))
+                    elif use == 0 and (not counts or self._count_miss()):
+                        return None
         return self._view_locked(key, token, counts, is_writable)
 
-    def _view_unlocked(self, key: bytes, token: int, counts: bool, is_writable: bool) -> tuple[bool, memoryview | None]:
-        """Return (whether that could be done without the lock, what `_open_view` returns)."""
+    def _pin_unlocked(self, key: bytes, token: int, is_writable: bool) -> tuple[int, memoryview | None, bool]:
+        """(use, view, whether it is of that use still) of an entry, pinned by the session's word; use 0: there is none.
+
+        -1: that can't be done without the lock.
+        """
         segment, table, words = self._segment, self._table, self._words
-        if segment is None or self._untidy or self._gone_views or self._closing:
-            return False, None
         try:
+            if segment is None:
+                return -1, None, False
             changes, is_dirty = words[CHANGES], words[DIRTY]
             use, offset, size = table.find_use(key)
             if use <= 0:
                 is_missing = not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes
-                return is_missing and (not counts or self._count_miss()), None
+                return (0 if is_missing else -1), None, False
             view = self._lend(segment.buffer if is_writable else segment.read_only, offset, size, token)
             self._holds[token] = use & 0xFFFFFFFF
             self._reader = token
             table.read(use & 0xFFFFFFFF)
-            with self._barrier:  # see `_seal_off_locked`
-                is_same = table.is_current(use)
-            if is_same:
-                if counts:
-                    self._note_use(use)
-                return True, view
+            _fence()  # see `EntryTable.begin_change`
+            return use, view, table.is_current(use)
         except (PoolClosedError, IndexError, ValueError):
-            return False, None
-        owner = view.obj
-        assert isinstance(owner, memoryview)
-        self._close_view(token, view, owner)
-        return False, None
+            self._holds.pop(token, None)
+            if self._reader == token:
+                self._reader = 0
+            return -1, None, False
 
     @_locked
     def _view_locked(self, key: bytes, token: int, counts: bool, is_writable: bool) -> memoryview | None:
@@ -5546,7 +5549,7 @@ class KVCachePool:
         self._reclaim_locked()
         geometry, words = self._geometry, self._words
         allocated, total = self._allocator.get_usage()
-        hits, misses = self._table.hits(), self._table.misses()
+        hits, misses = words[HITS], self._table.misses()
         largest = self._allocator.largest_free_run()
         free = total - allocated
         return {

@@ -3969,7 +3969,7 @@ class TestForks:
             held, done = threading.Event(), threading.Event()
 
             def hold() -> None:
-                with kv._no_fork, pool._mutex, pool._barrier:
+                with kv._no_fork, pool._mutex:
                     held.set()
                     done.wait(60)
 
@@ -4664,7 +4664,7 @@ class TestReads:
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
             assert_sound(pool)
 
-    @pytest.mark.parametrize("name", ["_drop_locked", "_seal_off_locked"])
+    @pytest.mark.parametrize("name", ["_drop_locked", "begin_change"])
     @pytest.mark.parametrize("work", ["put", "large put", "overwrite", "delete", "clear", "evict", "defragment"])
     def test_a_view_that_begins_at_the_last_moment(self, name: str, work: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Just after a writer has looked for pins, and before it marks the entry: it must look again."""
@@ -4684,19 +4684,20 @@ class TestReads:
                 for i in (0, 4, 6):
                     pool.delete(f"k{i}")
             other._join()
-            whole = getattr(pool, name)
+            owner: Any = pool if name == "_drop_locked" else pool._table
+            whole = getattr(owner, name)
             views: list[tuple[str, Any, memoryview]] = []
 
-            def late(slot: int) -> Any:
+            def late(slot: int, *args: Any) -> Any:
                 key = pool._table.key(slot).decode()
                 if not views:
                     opened = other.view(key)
                     view = opened.__enter__()
                     assert other._table.is_read(slot)
                     views.append((key, opened, view))
-                return whole(slot)
+                return whole(slot, *args)
 
-            monkeypatch.setattr(pool, name, late)
+            monkeypatch.setattr(owner, name, late)
             result = works[work](pool)
             monkeypatch.undo()
             for i in range(6):
@@ -4706,6 +4707,129 @@ class TestReads:
                 opened.__exit__(None, None, None)
             assert result is not False
             assert_sound(pool)
+
+    def test_no_more_goes_than_must_when_a_view_saves_the_victim(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_pool(40, max_entries=5) as pool, KVCachePool.attach("pool") as other:
+            for i in range(5):
+                pool.put(f"k{i}", b"x")
+            other._join()
+            drop, opened = pool._drop_locked, contextlib.ExitStack()
+
+            def late(slot: int) -> bool:
+                monkeypatch.undo()
+                assert opened.enter_context(other.view(pool._table.key(slot).decode())) == b"x"
+                return drop(slot)
+
+            monkeypatch.setattr(pool, "_drop_locked", late)
+            with opened:
+                assert pool.put("new", b"n")
+                assert sorted(pool) == ["k1", "k2", "k3", "k4", "new"]
+                assert pool.get_stats()["evictions"] == 1
+            assert_sound(pool)
+
+    def test_a_rebuild_leaves_a_replaced_value_to_a_view_that_just_begins(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A writer has died between the new value and the end of the old one."""
+        with make_pool(20) as pool, KVCachePool.attach("pool") as reader:
+            pool.put("key", payload("key", 2 * BLOCK_SIZE))
+            reader._join()
+
+            def die_in_put() -> None:
+                with KVCachePool.attach("pool") as mine:
+                    mine._drop_locked = lambda _: die()  # type: ignore[method-assign, assignment, return-value]
+                    mine.put("key", payload("new", 2 * BLOCK_SIZE - 1))
+
+            assert in_child(die_in_put) == -signal.SIGKILL
+            sound, opened = pool._sound_records_locked, contextlib.ExitStack()
+            views = []
+
+            def late() -> Any:
+                found = sound()
+                if not views:
+                    views.append(opened.enter_context(reader.view("key")))
+                return found
+
+            monkeypatch.setattr(pool, "_sound_records_locked", late)
+            with opened:
+                for i in range(8):
+                    pool.put(f"other {i}", bytes(2 * BLOCK_SIZE))
+                assert views[0] == payload("key", 2 * BLOCK_SIZE)
+                assert pool.check() == []
+            assert_sound(pool)
+
+    def test_a_fork_in_a_signal_handler_leaves_the_parents_pin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_pool(20) as pool, KVCachePool.attach("pool") as other:
+            pool.put("key", b"x")
+            slot = pool._table.find(b"key")
+            lend, pids = pool._lend, []
+
+            def fork_first(*args: Any) -> memoryview:
+                view = lend(*args)
+                if not pids:
+                    pids.append(os.fork())
+                return view
+
+            monkeypatch.setattr(pool, "_lend", fork_first)
+            theirs, ours = os.pipe()
+            with pool.view("key") as view:
+                if not pids[0]:
+                    os.read(theirs, 1)  # until the parent has its pin
+                else:
+                    assert other._table.is_pinned(slot)
+            if not pids[0]:
+                os._exit(0 if pool.get("key") == b"x" else 1)
+            with pool.view("key") as view:
+                os.write(ours, b"x")
+                assert os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) == 0
+                assert view == b"x"
+                assert other._table.is_pinned(slot)
+            os.close(theirs)
+            os.close(ours)
+            assert_sound(pool)
+
+    def test_uses_by_a_signal_handler_inside_a_read_are_counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_pool() as pool:
+            pool.put("key", b"x")
+            note_use, nested = pool._table.note_use, [10]
+
+            def interrupted(use: int, number: int) -> bool:
+                while nested[0]:
+                    nested[0] -= 1
+                    assert pool.get("key") == b"x"
+                return note_use(use, number)
+
+            monkeypatch.setattr(pool._table, "note_use", interrupted)
+            pool.get("key")
+            assert pool.get_stats()["hits"] == pool.peek("key").access_count == 11
+
+    @pytest.mark.parametrize("call", ["put", "view", "miss"])
+    def test_a_signal_handler_beside_a_thread_is_no_deadlock(self, call: str) -> None:
+        lines = (
+            "import signal, sys, threading",
+            "from kv_cache_manager import *",
+            "sys.setswitchinterval(1e-5)",
+            f"pool = KVCachePool({open_config()}); pool.put('key', b'x')",
+            "def handle(*_):",
+            "    try:",
+            "        if sys.argv[1] == 'put': pool.put('key', b'y')",
+            "        elif sys.argv[1] == 'miss': pool.get('away')",
+            "        else:",
+            "            with pool.view('key'): pass",
+            "    except CacheError: pass",
+            "signal.signal(signal.SIGALRM, handle); signal.setitimer(signal.ITIMER_REAL, .001, .001)",
+            "stop = threading.Event()",
+            "def look():",
+            "    while not stop.is_set():",
+            "        with pool.view('key'): pass",
+            "        pool.put('other', b'z')",
+            "thread = threading.Thread(target=look); thread.start()",
+            "for _ in range(30_000): pool.get('key')",
+            "signal.setitimer(signal.ITIMER_REAL, 0); stop.set(); thread.join()",
+            "assert pool.check() == [], pool.check()",
+        )
+        done = subprocess.run([*script(*lines), call], cwd=Path(MODULE).parent, timeout=60, check=False)
+        assert done.returncode == 0
 
     @pytest.mark.parametrize("policy", [EvictionPolicy.LRU, EvictionPolicy.ADAPTIVE])
     def test_beside_writers_that_overwrite_move_and_die(self, policy: EvictionPolicy) -> None:
