@@ -5,6 +5,23 @@ A *pool* keeps the key-value blocks of transformer attention in one named segmen
 or a preallocated file (tier "nvme"). Every process of the host opens it by name, reads and writes at memory speed,
 and may be killed at any instruction. `KVCachePool` is the library, `cortex cache ...` the shell; see README.md.
 
+Words
+-----
+block       the unit of the data region; a value takes whole blocks that lie together, its extent
+slot        the number of an entry's place in the index, from 1; 0 means none
+record      what the index keeps of a slot: where the value lies, its key, who pins it
+seal        the first word of a record: its state and the generation of its value
+state       FREE; WRITING, a value on its way in; COMPLETE, an entry; CONDEMNED, dropped while somebody reads it
+chain       the slots whose keys, or prefix hashes, share a hash
+order       who is evicted next: a list of slots for each key of the policy (`EvictionManager`)
+ghost       what the policy adaptive remembers of an entry that was evicted
+path        the keys of the blocks of one prompt, root first
+handle      a `KVCachePool`: a pool as one process has it open
+session     a handle as others see it: a number, a pid, a lock that the kernel drops when the process dies
+token       the number by which a handle knows one thing that it holds: a pin, a view, a value on its way in
+to pin      to keep an entry from being evicted, moved or replaced
+transient   of a pool: it lives as long as some process has it open
+
 The segment
 -----------
 Byte offsets; every section starts where the one before ends, rounded up as noted:
