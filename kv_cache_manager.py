@@ -4930,7 +4930,8 @@ class KVCachePool:
 
     @_locked
     def _count_uses(self) -> None:
-        """Count what readers have noted, as every call does that takes the lock."""
+        """Count what readers have noted, also where one has died before it set USED."""
+        self._count_uses_locked()
 
     def _count_miss(self) -> bool:
         """Count a miss without the lock; False if that can't be done, or the pool also records accesses."""

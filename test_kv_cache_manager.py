@@ -4609,6 +4609,19 @@ class TestReads:
             assert pool.peek("a").access_count == kv.MAX_USES + 6
             assert_sound(pool)
 
+    def test_places_of_the_dead_are_cleared(self) -> None:
+        """Readers that die between noting a use and saying so must not leave a session without places."""
+        with make_pool() as pool:
+            pool.put("key", b"x")
+            use, _, _ = pool._table.find_use(b"key")
+            for number in range(kv.MAX_USES):
+                assert pool._table.note_use(use, number)
+            assert not pool._words[kv.USED]
+            for _ in range(3):
+                assert pool.get("key") == b"x"
+            assert pool.get_stats()["hits"] == pool.peek("key").access_count == kv.MAX_USES + 3
+            assert_sound(pool)
+
     @pytest.mark.parametrize(
         ("name", "where"),
         [
