@@ -315,7 +315,7 @@ class PoolClosedError(CacheError):
 
     @classmethod
     def of(cls, name: str, why: str = "is closed") -> PoolClosedError:
-        """The error of a call to the closed pool `name`."""
+        """Return the error of a call to the closed pool `name`."""
         return cls(f"pool {name!r} {why}: open it again")
 
 
@@ -358,7 +358,7 @@ _UNITS = " KMGTP"
 
 
 def parse_size(text: str) -> int:
-    """Bytes in a size such as "16G", "1.5g", "64MiB" or "1024"; units are powers of 1024. ValueError if it is none."""
+    """Return the bytes of a size such as "16G", "1.5g", "64MiB" or "1024", in powers of 1024; else ValueError."""
     match = _SIZE_TEXT.fullmatch(text.strip()) if isinstance(text, str) and len(text) < 100 else None
     if match is None:
         raise InvalidArgumentError(f"size {text!r} is not a number with an optional K, M, G, T or P, such as 16G")
@@ -368,7 +368,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size_bytes: float) -> str:
-    """A size for people: 500 -> "500 B", 16 * 1024**3 -> "16.0 GB"."""
+    """Return a size for people: 500 -> "500 B", 16 * 1024**3 -> "16.0 GB"."""
     if abs(size_bytes) < 1023.5:
         return f"{size_bytes:.0f} B"
     power = 1
@@ -393,7 +393,7 @@ class EvictionPolicy(Enum):
 
 
 def as_policy(policy: EvictionPolicy | str) -> EvictionPolicy:
-    """The policy of that name; InvalidArgumentError if there is none."""
+    """Return the policy of that name; InvalidArgumentError if there is none."""
     try:
         return EvictionPolicy(policy)
     except ValueError:
@@ -482,7 +482,7 @@ def check_name(name: str) -> str:
 
 
 def _show(value: object) -> str:
-    """A short repr for an error message; it never fails itself, as that of an int of 5,000 digits does."""
+    """Return a short repr for an error message; it never fails itself, as that of an int of 5,000 digits does."""
     try:
         text = repr(value)
     except Exception:  # noqa: BLE001  # whatever a caller's __repr__ raises
@@ -519,7 +519,7 @@ def check_keys(keys: Sequence[str]) -> None:
 
 
 def encode_key(key: str) -> bytes:
-    """The UTF-8 bytes of a key."""
+    """Return the UTF-8 bytes of a key."""
     if type(key) is str:
         try:
             encoded = key.encode()
@@ -632,7 +632,7 @@ META_NAMES = ("prefix_hash", "priority", "sequence_length", "layer_index", "dtyp
 
 
 def _checked_meta(key: bytes, size: int, meta: Mapping[str, Any]) -> EntryMeta:
-    """The keyword arguments of `put` and `reserve`, checked."""
+    """Return the keyword arguments of `put` and `reserve`, checked."""
     unknown = meta.keys() - set(META_NAMES)
     if unknown:
         raise InvalidArgumentError(f"an entry has no {', '.join(sorted(unknown))}; it has {', '.join(META_NAMES)}")
@@ -665,7 +665,7 @@ class Geometry(NamedTuple):
 
     @staticmethod
     def bitmap_bytes(num_blocks: int) -> int:
-        """Bytes of bitmap for so many blocks."""
+        """Return the bytes of bitmap for so many blocks."""
         return -(-num_blocks // (8 * BITMAP_SIZE)) * BITMAP_SIZE
 
     @property
@@ -768,11 +768,11 @@ class BitmapAllocator:
             self.free_locked(start_block, num_blocks)
 
     def get_usage(self) -> tuple[int, int]:
-        """(allocated blocks, all blocks)."""
+        """Return (allocated blocks, all blocks)."""
         return self._counters[0], self.num_blocks
 
     def to_bytes(self) -> bytes:
-        """The bitmap; bits behind the last block are 0."""
+        """Return the bitmap; bits behind the last block are 0."""
         return bytes(self._bits[: self.num_bytes])
 
     def from_bytes(self, data: bytes) -> None:
@@ -788,7 +788,7 @@ class BitmapAllocator:
             self._reset_counters(bits.bit_count())
 
     def hints_are_true(self) -> bool:
-        """Whether no free block lies, and no free run of the length begins, before what the counters say."""
+        """Return True if no free block lies, and no free run of the length begins, before what the counters say."""
         _, first, length, begin = self._counters
         free = self._free_bits(0, self.num_blocks)
         starts = _run_starts(free, length)
@@ -821,7 +821,7 @@ class BitmapAllocator:
         return start
 
     def find_locked(self, num_blocks: int) -> int | None:
-        """The start of the lowest free run of `num_blocks`, left free."""
+        """Return the start of the lowest free run of `num_blocks`, left free."""
         counters = self._counters
         begin = counters[1]
         if num_blocks >= counters[2] and counters[3] > begin:
@@ -876,11 +876,11 @@ class BitmapAllocator:
         self._counters[2] = 1
 
     def _free_bits(self, start: int, stop: int) -> int:
-        """The free blocks from `start` (a multiple of 8) to `stop`, as the 1 bits of an integer."""
+        """Return the free blocks from `start` (a multiple of 8) to `stop`, as the 1 bits of an integer."""
         return ~int.from_bytes(self._bits[start >> 3 : (stop + 7) >> 3], "little") & ((1 << (stop - start)) - 1)
 
     def free_before_locked(self, block: int) -> int:
-        """How many free blocks end right before this one."""
+        """Return how many free blocks end right before this one."""
         end, window = block, 64
         while end:
             begin = max(end - window, 0) & ~7
@@ -912,7 +912,7 @@ class BitmapAllocator:
         return None
 
     def _find_long(self, num_blocks: int, begin: int) -> int | None:
-        """A run of 15 or more holds whole zero bytes: search for those, then count the bits at their edges.
+        """Return where a run begins. One of 15 or more holds whole zero bytes: search for those, then count the edges.
 
         In windows that grow, for the run is often near and copying the whole bitmap of a large pool takes 30 us.
         """
@@ -939,7 +939,7 @@ class BitmapAllocator:
         return None
 
     def _any_free(self, start: int, num_blocks: int) -> bool:
-        """Whether any of these blocks is free."""
+        """Return True if any of these blocks is free."""
         shift = start & 7
         return self._free_bits(start - shift, start + num_blocks) >> shift != 0
 
@@ -1009,7 +1009,7 @@ def pack_weights(weights: Mapping[str, float] | None) -> int:
 
 
 def split_policy(text: EvictionPolicy | str) -> tuple[EvictionPolicy, dict[str, float] | None]:
-    """A policy and its weights from one, or from "lru" or "adaptive:0.4/0.3/0.3" (recency, frequency, size)."""
+    """Return a policy and its weights from one, or from "lru" or "adaptive:0.4/0.3/0.3" (recency, frequency, size)."""
     name, colon, numbers = text.partition(":") if isinstance(text, str) else (text, "", "")
     policy = as_policy(name)
     if not colon:
@@ -1027,7 +1027,7 @@ def split_policy(text: EvictionPolicy | str) -> tuple[EvictionPolicy, dict[str, 
 
 
 def unpack_weights(packed: int) -> dict[str, float] | None:
-    """What `pack_weights` packed, as shares that add up to 1."""
+    """Return what `pack_weights` packed, as shares that add up to 1."""
     most = (1 << _WEIGHT_BITS) - 1
     shares = [(packed >> shift) & most for shift in (0, _WEIGHT_BITS, 2 * _WEIGHT_BITS)]
     if not sum(shares):
@@ -1206,7 +1206,7 @@ class EvictionManager:
             return [self._entry_of[slot].key for slot in itertools.islice(self.victims_locked(), count)]
 
     def get_all_entries(self) -> list[CacheEntry]:
-        """All tracked entries, in the order they were added."""
+        """Return all tracked entries, in the order they were added."""
         with self._lock:
             return [self._entry_of[slot] for slot in self._slot_of.values()]
 
@@ -1256,7 +1256,7 @@ class EvictionManager:
         words[word + _PRIORITY] = priority
 
     def numbers_locked(self, slot: int) -> tuple[int, int, int]:
-        """(sequence number, use count, priority) of a slot."""
+        """Return (sequence number, use count, priority) of a slot."""
         word = (self._nodes + slot * _NODE_HALVES) >> 1
         sequence, count, priority = self._words[word + _SEQUENCE : word + _PRIORITY + 1]
         return sequence, count, priority
@@ -1385,7 +1385,7 @@ class EvictionManager:
     # --- the policy ADAPTIVE -----------------------------------------------------------------------------------------
 
     def _mean_locked(self) -> float:
-        """The running mean of the logarithms of gaps."""
+        """Return the running mean of the logarithms of gaps."""
         learnt = self._words[_GAP]
         return learnt / (1 << 32) if 0 < learnt < 64 << 32 else math.log(self._capacity)
 
@@ -1438,7 +1438,7 @@ class EvictionManager:
             self._halves[self._node(slot) + _TAIL] = 0
 
     def weights_locked(self) -> dict[str, float] | None:
-        """The weights that ADAPTIVE goes by; None: by reuse gaps."""
+        """Return the weights that ADAPTIVE goes by; None: by reuse gaps."""
         return unpack_weights(self._words[_WEIGHTS])
 
     def _cheapest_locked(self) -> Iterator[int]:
@@ -1464,7 +1464,7 @@ class EvictionManager:
             raise IndexError
 
     def _heads_locked(self) -> list[tuple[int, int]]:
-        """(node, bucket) of the first of each bucket."""
+        """Return (node, bucket) of the first of each bucket."""
         halves = self._halves
         heads: list[tuple[int, int]] = []
         bucket = halves[_RING + _HIGHER]
@@ -1493,12 +1493,12 @@ class EvictionManager:
         return weigh
 
     def copy_locked(self, slot: int) -> bytes:
-        """The node of a slot."""
+        """Return the node of a slot."""
         node = self._nodes + slot * _NODE_HALVES
         return self._halves[node : node + _NODE_HALVES].tobytes()
 
     def note_of(self, is_tail: int, sequence: int, count: int, priority: int, slot: int, num_blocks: int) -> Note:
-        """What the place of a slot in the order depends on, for `in_victim_order`."""
+        """Return what the place of a slot in the order depends on, for `in_victim_order`."""
         key = 0 if is_tail and self.is_adaptive else self._key_of(count, priority)
         return key, sequence, slot, count, num_blocks
 
@@ -1527,7 +1527,7 @@ class EvictionManager:
                 raise IndexError
 
     def sort_key_locked(self, slot: int) -> tuple[int, int]:
-        """What the order is sorted by: (policy key, sequence number)."""
+        """Return what the order is sorted by: (policy key, sequence number)."""
         node = self._node(slot)
         return self._key_locked(node), self._words[(node >> 1) + _SEQUENCE]
 
@@ -1566,7 +1566,7 @@ class EvictionManager:
         return [f"eviction order lists slots {found[:8]}..., the records say {expected[:8]}..."]
 
     def _new_bucket(self, lower: int, key: int) -> int:
-        """An empty bucket right above another one."""
+        """Return an empty bucket right above another one."""
         halves, words = self._halves, self._words
         bucket = words[_FREE_BUCKET]
         if bucket:
@@ -1613,7 +1613,7 @@ class Section(NamedTuple):
     extents: list[Extent]  # that can be moved and evicted, by first block
 
     def without(self, gone: Container[int]) -> Section:
-        """The section once these slots are evicted."""
+        """Return the section once these slots are evicted."""
         return self._replace(extents=[extent for extent in self.extents if extent[2] not in gone])
 
     @property
@@ -1622,7 +1622,7 @@ class Section(NamedTuple):
 
 
 def cut_sections(movable: list[Extent], fixed: list[Extent], num_blocks: int) -> list[Section]:
-    """The sections of a data region; both lists are sorted by first block."""
+    """Return the sections of a data region; both lists are sorted by first block."""
     sections, low, begin = [], 0, 0
     for start, length, _ in [*fixed, (num_blocks, 0, 0)]:
         end = bisect.bisect_left(movable, (start, 0, 0), begin)
@@ -1632,7 +1632,7 @@ def cut_sections(movable: list[Extent], fixed: list[Extent], num_blocks: int) ->
 
 
 def widest_section(fixed: list[Extent], num_blocks: int) -> int:
-    """How many blocks the largest section has, between extents that are sorted in here: 0.5 us each."""
+    """Return how many blocks the largest section has, between extents that are sorted in here: 0.5 us each."""
     widest = low = 0
     for start, length, _ in sorted(fixed):
         widest = max(widest, start - low)
@@ -1641,7 +1641,7 @@ def widest_section(fixed: list[Extent], num_blocks: int) -> int:
 
 
 def plan_room(sections: list[Section], num_blocks: int, candidates: Iterable[int], need_slot: bool) -> Plan | None:
-    """What to evict, first `candidates` first, and to move, so that `num_blocks` free ones lie together.
+    """Return what to evict, first `candidates` first, and to move, so that `num_blocks` free ones lie together.
 
     No more is evicted than must be. `need_slot`: at least one entry goes. None if pins make it impossible, which is
     known before any candidate is looked at. Takes 1 us an extent; up to 7 where pins split the free blocks, and entries
@@ -1692,7 +1692,7 @@ def plan_room(sections: list[Section], num_blocks: int, candidates: Iterable[int
 
 
 def plan_slide(sections: list[Section], num_blocks: int) -> list[Move] | None:
-    """The moves of fewest blocks within one section that bring `num_blocks` free ones together."""
+    """Return the moves of fewest blocks within one section that bring `num_blocks` free ones together."""
     best: tuple[int, list[Extent], int] | None = None
     for low, high, extents in sections:
         starts = [start for start, _, _ in extents] + [high]
@@ -1713,7 +1713,7 @@ def plan_slide(sections: list[Section], num_blocks: int) -> list[Move] | None:
 
 
 def slide(extents: list[Extent], low: int) -> list[Move]:
-    """The moves that pack these extents from block `low` on."""
+    """Return the moves that pack these extents from block `low` on."""
     moves = []
     for start, num_blocks, slot in extents:
         if start != low:
@@ -1780,7 +1780,7 @@ def _try_lock_byte(fd: int, kind: int, offset: int) -> bool:
 
 
 def _byte_is_locked(fd: int, offset: int) -> bool:
-    """Whether another open file description holds a lock on that byte."""
+    """Return True if another open file description holds a lock on that byte."""
     kind: int = struct.unpack_from("h", _record_lock(fd, fcntl.F_WRLCK, offset, fcntl.F_OFD_GETLK))[0]
     return kind != fcntl.F_UNLCK
 
@@ -1932,7 +1932,7 @@ class SegmentHeader(NamedTuple):
     first_policy: str  # that the pool was made with; the config has the one of now
 
     def encode(self) -> tuple[bytes, bytes]:
-        """(fixed words without the magic, JSON)."""
+        """Return (fixed words without the magic, JSON)."""
         more = {"store": self.store_path, "transient": self.transient, "identity": self.identity}
         try:
             text = json.dumps({"config": self.config.to_dict(), **more}).encode()
@@ -1981,7 +1981,7 @@ class SegmentHeader(NamedTuple):
 
 
 def _policy_now(config: CachePoolConfig, word: int) -> EvictionPolicy:
-    """The policy of a pool, by the header word POLICY."""
+    """Return the policy of a pool, by the header word POLICY."""
     policies = list(EvictionPolicy)
     if 1 <= word <= len(policies):
         return policies[word - 1]
@@ -2196,8 +2196,10 @@ class Segment:
         return {number: pid for number, pid in enumerate(table) if pid}
 
     def is_alive(self, session: int) -> bool:
-        """Whether the process behind a session still has it open. Pids can be recycled and differ between containers;
-        a lock that the kernel drops with the process can't."""
+        """Return True if the process behind a session still has it open.
+
+        Pids can be recycled and differ between containers; a lock that the kernel drops with the process can't.
+        """
         return session == self.session or _byte_is_locked(self.fd, SESSION_BYTE + session)
 
     def claim_session_locked(self) -> int:
@@ -2289,7 +2291,7 @@ class _OwnPid:
 
 
 def _mark_process() -> mmap.mmap | _OwnPid:
-    """A mark whose item 0 is true in this process, and false in a child until the child sets it.
+    """Return a mark whose item 0 is true in this process, and false in a child until the child sets it.
 
     It is a page that the kernel wipes in every forked child (Linux 4.14), also where the fork runs none of Python's
     hooks, as one in C does. Looking costs 0.04 us; `getpid` costs up to 0.3.
@@ -2634,7 +2636,7 @@ class EntryTable:
         return self.memory[at : at + (self.halves[record + R_LENGTHS] & 0xFFFF)]
 
     def texts(self, slot: int) -> tuple[bytes, bytes, bytes]:
-        """(key, prefix hash, tensor description)."""
+        """Return (key, prefix hash, tensor description)."""
         at = 4 * self.record(slot) + RECORD.size
         key_length, prefix_length, tensor_length = self._lengths(slot)
         text = self.memory[at : at + key_length + prefix_length + tensor_length]
@@ -2645,7 +2647,7 @@ class EntryTable:
         return self.halves[half] & 0xFFFF, self.halves[half] >> 16, self.halves[half + 1] & 0xFFFF
 
     def extent(self, slot: int) -> tuple[int, int]:
-        """(start block, number of blocks)."""
+        """Return (start block, number of blocks)."""
         record = self.record(slot)
         return self.halves[record + R_START], self.halves[record + R_BLOCKS]
 
@@ -2659,20 +2661,20 @@ class EntryTable:
         return self._data_offset + self.halves[record + R_START] * self._block_size, size
 
     def is_same(self, slot: int, size: int, told: bytes) -> bool:
-        """Whether a value has this size, key and metadata, as `tell` or `told_by` has it, and no pin in its record."""
+        """Return True if a value has this size, key and metadata, as `tell` or `told_by` has it, and no pin in it."""
         word = (self._records + slot * HALVES_PER_RECORD) >> 1
         tail = 8 * (word + W_SEQUENCE_LENGTH)
         return bool(self.words[word + W_SIZE] == size and self.memory[tail : tail + len(told)] == told)
 
     @staticmethod
     def tell(key: bytes, meta: EntryMeta) -> bytes:
-        """What the record of such an entry tells from the sequence length on: nothing of the value itself."""
+        """Return what the record of such an entry tells from the sequence length on: nothing of the value itself."""
         lengths = len(key), len(meta.prefix), len(meta.tensor)  # the two zeros before them are its pins
         told = RECORD_TAIL.pack(meta.sequence_length, meta.layer_index, 0, 0, *lengths, 0, meta.priority) + key
         return told if meta is NO_META else told + meta.prefix + meta.tensor
 
     def told_by(self, slot: int) -> tuple[int, bytes]:
-        """(size, what its record tells) of a value."""
+        """Return (size, what its record tells) of a value."""
         word = (self._records + slot * HALVES_PER_RECORD) >> 1
         tail = 8 * (word + W_SEQUENCE_LENGTH)
         return self.words[word + W_SIZE], self.memory[tail : tail + RECORD_TAIL.size + sum(self._lengths(slot))]
@@ -2695,13 +2697,13 @@ class EntryTable:
             floats[first + slot * (HALVES_PER_RECORD >> 1)] = moment
 
     def is_pinned(self, slot: int) -> bool:
-        """Whether any session pins it."""
+        """Return True if any session pins it."""
         words = self.words
         word = ((self._records + slot * HALVES_PER_RECORD) >> 1) + W_PINS
         return bool(words[word] or words[word + 1]) or self.is_read(slot)
 
     def is_read(self, slot: int) -> bool:
-        """Whether any session pins it by naming it."""
+        """Return True if any session pins it by naming it."""
         top = min(self.words[TOP_SESSION], MAX_SESSIONS)
         return slot in self.words[self._reads : self._reads + top].tolist()
 
@@ -2782,16 +2784,16 @@ class EntryTable:
         self.words[self._reads + session] = 0
 
     def used(self) -> range:
-        """All slots that were ever used."""
+        """Return all slots that were ever used."""
         return range(1, min(max(self.words[TOP_SLOT], 0), self.num_slots) + 1)
 
     def _bytes_of(self, offset: int, among: range) -> bytes:
-        """The byte at this offset of each of these records: 0.01 us a slot."""
+        """Return the byte at this offset of each of these records: 0.01 us a slot."""
         first = 4 * self.record(among.start) + offset
         return self.memory[first : first + len(among) * RECORD_BYTES : RECORD_BYTES]
 
     def slots(self, *states: int, among: range | None = None) -> list[int]:
-        """The slots in one of these states, of all or of some; one pass over them."""
+        """Return the slots in one of these states, of all or of some; one pass over them."""
         among = self.used() if among is None else among
         column = self._bytes_of(0, among)
         if COMPLETE in states:
@@ -2812,7 +2814,7 @@ class EntryTable:
         return found
 
     def count(self, state: int, among: range) -> int:
-        """How many of some slots are in a state."""
+        """Return how many of some slots are in a state."""
         return self._bytes_of(0, among).count(state)
 
     def layout(self) -> tuple[list[Extent], list[Extent]]:
@@ -2858,7 +2860,7 @@ class EntryTable:
         return slots, chain
 
     def copy(self, slot: int) -> bytes:
-        """The record of a slot, for `RECORD.unpack_from`; its texts begin at RECORD.size."""
+        """Return the record of a slot, for `RECORD.unpack_from`; its texts begin at RECORD.size."""
         at = 4 * (self._records + slot * HALVES_PER_RECORD)
         return self.memory[at : at + RECORD_BYTES]
 
@@ -2867,7 +2869,7 @@ class EntryTable:
         return self.texts(slot)[1] == prefix
 
     def damage(self, slot: int) -> str:
-        """What makes a record impossible, empty if nothing does. Only stray writes by others can cause it."""
+        """Return what makes a record impossible, empty if nothing does. Only stray writes by others can cause it."""
         record = self.record(slot)
         start, num_blocks = self.extent(slot)
         size = self.words[(record >> 1) + W_SIZE]
@@ -3004,7 +3006,7 @@ def _describe_saved(copy: bytes, names: set[str], crc32: int, begin: int) -> tup
 
 
 def _snapshot_header(config: CachePoolConfig, about: list[str], tensors: list[str]) -> bytes:
-    """The JSON header for tensors that lie one behind the other, its checksum still NO_CHECKSUM."""
+    """Return the JSON header for tensors that lie one behind the other, its checksum still NO_CHECKSUM."""
     metadata = {
         "format": SNAPSHOT_FORMAT,
         "cortex_header_crc32": NO_CHECKSUM,
@@ -3369,7 +3371,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def snapshot_meta(entry: CacheEntry) -> EntryMeta:
-    """The metadata of an entry, checked, for storing it."""
+    """Return the metadata of an entry, checked, for storing it."""
     e = entry
     return EntryMeta.of(
         encode_key(e.key),
@@ -3397,7 +3399,7 @@ _all_view_refs: dict[int, dict[int, _ViewRef]] = {}
 
 
 def _known_pools() -> list[KVCachePool]:
-    """All handles that have not ended."""
+    """Return all handles that have not ended."""
     while True:
         try:
             return list({*_open_pools, *_lent_out})
@@ -3925,7 +3927,7 @@ class KVCachePool:
 
     @classmethod
     def _open(cls, store_path: str, name: str, config: CachePoolConfig | None = None, **how: Any) -> KVCachePool | None:
-        """A handle on what `_open_segment` finds or makes."""
+        """Return a handle on what `_open_segment` finds or makes."""
         segment = _open_segment(store_path, name, config, **how)
         if segment is None:
             return None
@@ -4812,7 +4814,7 @@ class KVCachePool:
         return slot
 
     def _uses_locked(self, key: bytes, old: int) -> int:
-        """The use count that a value begins with: that of the one it replaces, or of its ghost."""
+        """Return the use count that a value begins with: that of the one it replaces, or of its ghost."""
         return self._order.numbers_locked(old)[1] if old else self._order.recall_locked(key)
 
     def _enter_locked(self, slot: int, old: int, count: int, priority: int) -> None:
@@ -4868,7 +4870,7 @@ class KVCachePool:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> bytes | None:
-        """A copy of the value, None if there is none. Changes: eviction order, use count, statistics."""
+        """Return a copy of the value, None if there is none. Changes: eviction order, use count, statistics."""
         encoded = encode_key(key)
         try:
             for _ in range(UNLOCKED_TRIES):
@@ -4946,7 +4948,7 @@ class KVCachePool:
 
     @_locked
     def _get(self, key: bytes, token: int) -> bytes | tuple[int, int] | None:
-        """The value, or if it is large (offset, size) of it, pinned."""
+        """Return the value, or if it is large (offset, size) of it, pinned."""
         slot = self._use_locked(key)
         if not slot:
             return None
@@ -4984,7 +4986,7 @@ class KVCachePool:
 
     @_locked
     def recorded_requests(self) -> tuple[list[list[int]], dict[int, int], float]:
-        """(requests, blocks of each key, hit rate) of the last accesses, oldest first; keys are digests.
+        """Return (requests, blocks of each key, hit rate) of the last accesses, oldest first; keys are digests.
 
         A request is one `get` or `view`, or the path of one `PrefixCache.load`, root first. A key that was never there
         counts one block. Empty for a pool that was not made to record.
@@ -5015,7 +5017,7 @@ class KVCachePool:
         return _View(self, encode_key(key))
 
     def _open_view(self, key: bytes, token: int, counts: bool, is_writable: bool) -> memoryview | None:
-        """A view of an entry, pinned as `token`; without the lock if this handle has no other such view."""
+        """Return a view of an entry, pinned as `token`; without the lock if this handle has no other such view."""
         if self._is_lock_free and not self._reader and _own_process[0]:
             with self._mutex:  # other threads use the same word to pin
                 if not (self._reader or self._is_locked or self._untidy or self._gone_views or self._closing):
@@ -5072,7 +5074,7 @@ class KVCachePool:
         return view
 
     def _lend(self, memory: memoryview, offset: int, size: int, token: int) -> memoryview:
-        """A view to hand out. When the last user of it has gone without giving it back, the next call notices.
+        """Return a view to hand out. When its last user has gone without ending it, the next call notices.
 
         All slices of one memoryview count as one buffer, and an array made from a slice holds just that. By way of
         PickleBuffer (which pickles nothing) the view gets a buffer of its own, with the slice as its owner: the slice
@@ -5153,7 +5155,7 @@ class KVCachePool:
         return self._store(encoded, data, data.nbytes, checked)
 
     def get_tensor(self, key: str, framework: str | None = None) -> Any:
-        """A copy of a value as what was stored, a numpy array or a torch tensor; None on a miss.
+        """Return a copy of a value as what was stored, a numpy array or a torch tensor; None on a miss.
 
         `framework`: "numpy" or "torch" to get that instead. A value stored as plain bytes comes as one dimension of U8.
         """
@@ -5340,7 +5342,7 @@ class KVCachePool:
     # --- in steps ----------------------------------------------------------------------------------------------------
 
     def _sweep(self, work: Callable[[int], _R]) -> list[_R]:
-        """What `work` returns for the slot of each entry, under the lock, which others get in between.
+        """Return what `work` returns for the slot of each entry, under the lock, which others get in between.
 
         An entry that is there throughout is seen exactly once, also if it is overwritten meanwhile. The results are as
         of slightly different moments.
@@ -5384,7 +5386,7 @@ class KVCachePool:
         return len(self._table.used())
 
     def _ranges(self) -> Iterator[range]:
-        """All slots that were ever used, so many at a time as may be passed over under one lock."""
+        """Return all slots that were ever used, so many at a time as may be passed over under one lock."""
         end = self._num_used() + 1
         for begin in range(1, end, SLOTS_A_STEP):
             if begin > 1:
@@ -5436,7 +5438,7 @@ class KVCachePool:
         return self._describe(encoded)
 
     def find_by_prefix(self, prefix_hash: str) -> list[CacheEntry]:
-        """The entries stored with that prefix hash, oldest first.
+        """Return the entries stored with that prefix hash, oldest first.
 
         Cost: their number, not the pool's, up to some hundred; beyond that, or for the prefix hash "", a pass over all
         entries in steps, between which others get the lock.
@@ -5452,7 +5454,7 @@ class KVCachePool:
         return sorted((self._decode(copy) for copy in found if copy), key=lambda entry: entry.created_at)
 
     def count_by_prefix(self, prefix_hash: str) -> int:
-        """How many entries were stored with that prefix hash. Cost and steps as for `find_by_prefix`."""
+        """Return how many entries were stored with that prefix hash. Cost and steps as for `find_by_prefix`."""
         prefix = _encode_prefix(prefix_hash)
         found = self._find_prefix(prefix)
         if found is not None:
@@ -5470,7 +5472,7 @@ class KVCachePool:
         return self._entry_locked(slot) if slot else None
 
     def _describe_all(self) -> list[CacheEntry]:
-        """All entries, next victim first; noted in steps, between which others get the lock."""
+        """Return all entries, next victim first; noted in steps, between which others get the lock."""
         return list(map(self._decode, self._copy_all()))
 
     def _copy_all(self) -> list[bytes]:
@@ -5488,7 +5490,7 @@ class KVCachePool:
         return int(self._words[NUM_ENTRIES])
 
     def _copy_locked(self, slot: int) -> bytes:
-        """What the segment says of an entry, for `_decode`.
+        """Return what the segment says of an entry, for `_decode`.
 
         Making thousands of objects under the lock would start garbage collections there, and others would wait.
         """
@@ -5498,7 +5500,7 @@ class KVCachePool:
         return self._decode(self._copy_locked(slot))
 
     def _decode(self, copy: bytes) -> CacheEntry:
-        """The entry, from what `_copy_locked` says of it."""
+        """Return the entry, from what `_copy_locked` says of it."""
         (
             _, _, size, start, _, _, _, _, _, _, _, created, accessed, tokens, layer, _, _, _, _,
             key_bytes, prefix_bytes, tensor_bytes, _, _,
@@ -5516,7 +5518,7 @@ class KVCachePool:
         return entry
 
     def can_allocate(self, size: int) -> bool:
-        """Whether `allocate` of so many bytes would succeed now, evicting others if need be.
+        """Return True if `allocate` of so many bytes would succeed now, evicting others if need be.
 
         Works in steps, between which others get the lock.
         """
@@ -5531,7 +5533,7 @@ class KVCachePool:
 
     @_locked
     def _needs_slot(self) -> bool:
-        """Whether a new entry needs the place of another one."""
+        """Return True if a new entry needs the place of another one."""
         self._reclaim_locked()
         return self._is_full_locked()
 
@@ -5540,7 +5542,7 @@ class KVCachePool:
         return self._fixed_locked(among)
 
     def _fixed_locked(self, among: range) -> tuple[list[Extent], bool]:
-        """(the extents in use of some slots; whether any of them could be evicted)."""
+        """Return (the extents in use of some slots; whether any of them could be evicted)."""
         table = self._table
         pinned = [slot for slot in table.pinned(among) if table.halves[table.record(slot)] == COMPLETE]
         busy = table.slots(WRITING, CONDEMNED, among=among)
@@ -5840,7 +5842,7 @@ class KVCachePool:
 
 
 def _encode_prefix(prefix_hash: str) -> bytes:
-    """The UTF-8 bytes of a prefix hash to look for."""
+    """Return the UTF-8 bytes of a prefix hash to look for."""
     if not isinstance(prefix_hash, str):
         raise InvalidArgumentError(
             f"prefix_hash {_show(prefix_hash)} is a {type(prefix_hash).__name__}, it must be a str"
@@ -5865,7 +5867,7 @@ _PLAIN_FORMAT = re.compile(r"(?:(?:[^:OPXzZ&]|Z[fdg])(?::[^:]*:)?)*")
 
 
 def as_bytes(data: Any) -> memoryview:
-    """A flat view of the bytes of any C-contiguous buffer; of others a copy."""
+    """Return a flat view of the bytes of any C-contiguous buffer; of others a copy."""
     try:
         view = memoryview(data)
     except (TypeError, ValueError, BufferError) as error:
@@ -5894,7 +5896,7 @@ _DTYPE_NAMES = {safetensors: name for name, safetensors in _TORCH_DTYPES.items()
 
 
 def _library(name: str) -> Any:
-    """A library that is an extra; UnsupportedError if it is not installed."""
+    """Return a library that is an extra; UnsupportedError if it is not installed."""
     try:
         return __import__(name)
     except ImportError as error:
@@ -5961,7 +5963,7 @@ def _torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: str, is_writable: bool = False) -> Any:
-    """An array over `view`: of torch if `framework` says so, or if numpy lacks the dtype; else of numpy.
+    """Return an array over `view`: of torch if `framework` says so, or if numpy lacks the dtype; else of numpy.
 
     It keeps the view's memory in use for as long as it lives. For torch, which knows no read-only memory and warns of
     it, the view must be writable; an array of numpy is so only if `is_writable` says so.
@@ -6179,7 +6181,7 @@ def _model_files(root: str) -> dict[str, str]:
 
 
 def _framed(data: bytes) -> bytes:
-    """Bytes behind their length, so that no two sequences of them run together into the same bytes."""
+    """Return the bytes behind their length, so that no two sequences of them run together into the same bytes."""
     return struct.pack("<Q", len(data)) + data
 
 
@@ -6400,7 +6402,7 @@ class PrefixCache:
         return self.pool.count_path(self._find_hashes(tokens, block_extra, length)) * self.block_size
 
     def lookup(self, hashes: Sequence[str]) -> tuple[list[Any], int]:
-        """(copies of the blocks of the leading run that is there, how many tokens they cover)."""
+        """Return (copies of the blocks of the leading run that is there, how many tokens they cover)."""
         check_keys(hashes)
         with _OpenPath(self, hashes) as opened:
             blocks = [_copy_block(view, entry) for view, entry in opened]
@@ -6565,7 +6567,7 @@ class PrefixCache:
         block_extra: Mapping[int, str] | None = None,
         length: int | None = None,
     ) -> tuple[Any, int]:
-        """(the KV of the longest cached prefix of `tokens`, how many tokens it covers); (None, 0) if there is none.
+        """Return (KV of the longest cached prefix of `tokens`, how many tokens it covers); (None, 0) if there is none.
 
         It comes as what was stored: pass a `DynamicCache` to `generate(ids, past_key_values=kv)`. It is a fresh one for
         each call, for generate changes it; for `batch_size` prompts that begin with these tokens it is one copy.
@@ -6969,7 +6971,7 @@ def _is_batch(tokens: Any) -> bool:
 
 
 def _block_parts(block: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
-    """(framework, dtype, shape, bytes) of a block given to `insert`."""
+    """Return (framework, dtype, shape, bytes) of a block given to `insert`."""
     if hasattr(block, "__array_interface__") or hasattr(block, "untyped_storage"):
         return tensor_parts(block)
     if isinstance(block, (dict, list, str, int, float)):
@@ -7031,7 +7033,7 @@ def _dense_layers(cache: Any) -> list[tuple[Any, Any]]:
 
 
 def _dynamic_cache(kv: Any, batch_size: int) -> Any:
-    """A DynamicCache over an array of shape (layers, 2, heads, tokens, head size), without a copy."""
+    """Return a DynamicCache over an array of shape (layers, 2, heads, tokens, head size), without a copy."""
     caches = _library("transformers").cache_utils
     cache = caches.DynamicCache()
     for keys, values in kv:
@@ -7064,7 +7066,7 @@ class CacheStore:
         return pool
 
     def get(self, name: str) -> KVCachePool | None:
-        """A new handle on the pool of that name, None if there is none."""
+        """Return a new handle on the pool of that name, None if there is none."""
         return KVCachePool._open(self.store_path, name)
 
     def delete(self, name: str) -> bool:
@@ -7266,7 +7268,7 @@ def replay(
 
 
 def _replay_optimum(requests: Sequence[Sequence[int]], capacity: int, blocks: Mapping[int, int]) -> tuple[int, int]:
-    """The same with the blocks that are next used last as victims (Belady, 1966)."""
+    """Return the same with the blocks that are next used last as victims (Belady, 1966)."""
     never = len(requests)
     next_use: list[list[int]] = []
     seen: dict[int, int] = {}
@@ -7479,7 +7481,7 @@ class KVCacheCLI:
 
     @staticmethod
     def _read(file: str, limit: int) -> bytearray:
-        """A file or standard input, just over `limit` bytes at most; in pieces, so that Ctrl-C gets through."""
+        """Return a file or standard input, just over `limit` bytes at most; in pieces, so that Ctrl-C gets through."""
         data = bytearray()
         with _os_errors(f"read {file!r}"), contextlib.ExitStack() as stack:
             source: Any = sys.stdin.buffer if file == "-" else stack.enter_context(open(file, "rb"))
@@ -7540,7 +7542,7 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def _snapshot_path(self, path_or_name: str) -> str:
-        """A file of that name, or the default snapshot of a pool of that name."""
+        """Return a file of that name, or the default snapshot of a pool of that name."""
         if os.path.exists(path_or_name) or not _NAME.fullmatch(path_or_name):
             return path_or_name
         with contextlib.suppress(CacheError), self._open(path_or_name) as pool:
@@ -7699,7 +7701,7 @@ def _write_plot(rows: Sequence[Mapping[str, Any]], sizes: Sequence[str], policie
 
 
 def _share_of(text: str, unique: int) -> int:
-    """A number of blocks: "5000", or "5%" of the unique ones."""
+    """Return a number of blocks: "5000", or "5%" of the unique ones."""
     try:
         number = float(text.removesuffix("%"))
         blocks = max(1, int(unique * number / 100)) if text.endswith("%") else int(text)
@@ -7719,7 +7721,7 @@ DEMO_BLOCK = 2 << 20  # bytes: 16 tokens x 32 layers x (K and V) x 8 heads x 128
 
 
 def _demo_payload(number: int) -> bytes:
-    """Bytes that any process can verify from the number alone."""
+    """Return the bytes that any process can verify from the number alone."""
     return hashlib.sha256(str(number).encode()).digest() * (DEMO_BLOCK // 32)
 
 
@@ -7831,7 +7833,7 @@ def _demo_tour(store: CacheStore) -> bool:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The argument parser of `cortex cache`."""
+    """Return the argument parser of `cortex cache`."""
     import argparse
 
     width = 80  # what argparse would find out too, by way of imports that take longer than all the rest
