@@ -89,7 +89,7 @@ blocks are freed, moved or used for another value. So:
 2. `get` copies the value, and reads the seal again. If it is the same, the copy is whole. If not, begin again.
    A view writes the slot into its word of the session table first, then a memory barrier, then reads the seal again.
    If it is the same, the value is pinned. If not, the word is cleared, and the view takes the lock.
-3. A use is noted in a place of the session that is empty: the time first, slot and generation second; then USED is set.
+3. A use is noted in a place of the session that is empty: the time first, slot and generation second, USED third.
    If the place is taken, the reader takes the lock, under which all uses are counted.
 A key is missing if DIRTY was clear and CHANGES was the same before and after the walk: a writer sets the one and
 increments the other before it changes a key chain. After UNLOCKED_TRIES a reader takes the lock. A session has one word
@@ -246,7 +246,7 @@ RECORD = struct.Struct("<IIqIIIIIIIIddqqIIIIHHHHq")
 RECORD_TAIL = struct.Struct("<qqqqHHHHq")  # from the sequence length on
 RECORD_BYTES = 440
 RECORD_TEXT = RECORD_BYTES - RECORD.size
-R_STATE, R_OWNER, R_START, R_BLOCKS, R_KEY_HASH, R_PREFIX_HASH = 0, 1, 4, 5, 6, 7  # in 32-bit halves
+R_STATE, R_OWNER, R_GENERATION, R_START, R_BLOCKS, R_KEY_HASH, R_PREFIX_HASH = 0, 1, 1, 4, 5, 6, 7  # in 32-bit halves
 R_KEY_NEXT, R_PREFIX_NEXT, R_PREFIX_PREV, R_CHECKSUM, R_PINS, R_LENGTHS = 8, 9, 10, 11, 20, 24
 W_SIZE, W_EXTENT, W_CREATED, W_ACCESSED, W_SEQUENCE_LENGTH, W_LAYER = 1, 2, 6, 7, 8, 9  # in words
 W_PINS, W_PRIORITY = 10, 13
@@ -261,7 +261,7 @@ FREE, WRITING, COMPLETE, CONDEMNED = range(4)
 CHANGING = 1 << 32
 SEAL_MASK = CHANGING | 0xFFFFFFFF  # leaves COMPLETE of the seal of an entry that can be read without the lock
 MAX_GENERATION = (1 << 31) - 2
-UNLOCKED_TRIES = 3  # to read without the lock before taking it
+UNLOCKED_TRIES = range(3)  # to read without the lock before taking it
 
 COPY_UNDER_LOCK = 64 << 10  # bytes; a larger value is copied outside the lock
 COPY_CHUNK = 1 << 20
@@ -2422,12 +2422,9 @@ def _remove_leftovers(directory: str, force: bool = False) -> tuple[list[str], l
 # ======================================================================================================================
 
 
-def _fence() -> None:
-    """Let no read after it come before a write ahead of it. A lock of its own: nobody else ever waits for it.
-
-    Taking a lock that this thread has already would be no fence, nor would one be free of waiting that others have.
-    """
-    threading.Lock().acquire()
+# `_new_lock().acquire()` is a memory fence: no read behind it comes before a write ahead of it. The lock is a fresh
+# one, for nobody may wait for another thread here, and taking a lock that this thread has already is no fence.
+_new_lock = threading.Lock
 
 
 _NOT_ZERO = re.compile(rb"[^\0]")
@@ -2491,9 +2488,9 @@ class EntryTable:
             if not slot:
                 return 0, 0, 0
             record = self._records + slot * HALVES_PER_RECORD
-            word = record >> 1
-            seal: int = words[word]  # before the key, or the slot could become another entry's in between
             if halves[record + R_KEY_HASH] == key_hash:
+                word = record >> 1
+                seal: int = words[word]  # before the key, or the slot could become another entry's in between
                 text = 4 * record + RECORD.size
                 if self.memory[text : text + len(key)] == key and halves[record + R_LENGTHS] & 0xFFFF == len(key):
                     if seal & SEAL_MASK != COMPLETE:
@@ -2506,22 +2503,16 @@ class EntryTable:
     def is_current(self, use: int) -> bool:
         """Return True if an entry is the one that `find_use` found, with its value where it was."""
         slot = use & 0xFFFFFFFF
-        return bool(self.words[(self._records + slot * HALVES_PER_RECORD) >> 1] == use - slot + COMPLETE)
-
-    def read_value(self, key: bytes) -> tuple[int, bytes]:
-        """Return (use, a copy of the value) of an entry, without the lock; use 0 or -1 as in `find_use`."""
-        use, offset, size = self.find_use(key)
-        if use <= 0:
-            return use, b""
-        value = self.memory[offset : offset + size]
-        slot = use & 0xFFFFFFFF
-        is_same = self.words[(self._records + slot * HALVES_PER_RECORD) >> 1] == use - slot + COMPLETE
-        return (use, value) if is_same else (-1, b"")
+        seal: int = self.words[(self._records + slot * HALVES_PER_RECORD) >> 1]
+        return seal == use - slot + COMPLETE
 
     def complete(self, slot: int) -> None:
         """Make a record an entry, in one write, under a generation of its own."""
         words = self.words
-        words[GENERATION] = generation = words[GENERATION] % MAX_GENERATION + 2 & ~1
+        generation = words[GENERATION] + 2
+        if generation > MAX_GENERATION:
+            generation = 2
+        words[GENERATION] = generation
         words[(self._records + slot * HALVES_PER_RECORD) >> 1] = COMPLETE | generation << 32
 
     def begin_change(self, slot: int) -> bool:
@@ -2531,13 +2522,12 @@ class EntryTable:
         then looks at the seal. So whoever changes the seal first and then looks at the pins sees the pin, or is seen.
         `complete` must follow.
         """
-        words = self.words
-        word = (self._records + slot * HALVES_PER_RECORD) >> 1
-        words[word] = seal = words[word] | CHANGING
-        _fence()
-        top = min(words[TOP_SESSION], MAX_SESSIONS)
-        if slot in words[self._reads : self._reads + top].tolist():
-            words[word] = seal ^ CHANGING
+        half = self._records + slot * HALVES_PER_RECORD + R_GENERATION
+        halves = self.halves
+        halves[half] = generation = halves[half] | 1
+        _new_lock().acquire()
+        if self.is_read(slot):
+            halves[half] = generation ^ 1
             return False
         return True
 
@@ -2704,8 +2694,8 @@ class EntryTable:
 
     def is_read(self, slot: int) -> bool:
         """Return True if any session pins it by naming it."""
-        top = min(self.words[TOP_SESSION], MAX_SESSIONS)
-        return slot in self.words[self._reads : self._reads + top].tolist()
+        words, reads, top = self.words, self._reads, self.words[TOP_SESSION]
+        return slot in words[reads : reads + (top if top < MAX_SESSIONS else MAX_SESSIONS)].tolist()
 
     def act_for(self, session: int) -> None:
         """Whose pins `pin`, `unpin` and `read` are about: the session of this handle."""
@@ -2744,11 +2734,13 @@ class EntryTable:
         Threads and signal handlers pass different numbers, so they need no lock between them. A process that dies in
         here has not noted it.
         """
+        words = self.words
         at = self._own_uses + number % MAX_USES
-        if self.words[at]:
+        if words[at]:
             return False
         self.floats[at + MAX_USES] = time.monotonic()
-        self.words[at] = use
+        words[at] = use
+        words[USED] = 1
         return True
 
     def take_uses(self) -> tuple[int, list[tuple[float, int]]]:
@@ -3684,7 +3676,7 @@ def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview
         with contextlib.suppress(ValueError, PoolClosedError):  # another thread has just ended the session
             table = pool._table
             table.read(0)
-            _fence()  # as in `_release_pin`
+            _new_lock().acquire()  # as in `_release_pin`
             if table.halves[table.record(pool._holds.get(pool._reader, 0))] == CONDEMNED:
                 pool._words[UNREAD] = 1
 
@@ -4225,7 +4217,7 @@ class KVCachePool:
         """Bring the order up to date with the uses that readers without the lock have noted."""
         words = self._words
         words[USED] = 0
-        _fence()  # a reader notes first and then looks at USED: one of the two sees the other
+        _new_lock().acquire()  # a use that is noted from now on sets USED again
         count, uses = self._table.take_uses()
         words[HITS] = words[HITS] + count
         if uses:
@@ -4311,7 +4303,7 @@ class KVCachePool:
         found = self._reap_locked()
         if self._words[UNREAD] or (not only_signs and self._words[NUM_BUSY] > len(self._writes)):
             self._words[UNREAD] = 0
-            _fence()
+            _new_lock().acquire()
             busy = self._words[NUM_BUSY]
             self._settle_locked({})
             found = found or self._words[NUM_BUSY] < busy
@@ -4366,7 +4358,7 @@ class KVCachePool:
         if replaced:  # readers without the lock may just pin them: mark them first, as in `_drop_locked`
             for slot in replaced:
                 self._table.halves[self._table.record(slot)] = CONDEMNED
-            _fence()
+            _new_lock().acquire()
             self._settle_locked({})
             _, entries, others = self._sound_records_locked()
         kept = {*entries, *others}
@@ -4466,7 +4458,7 @@ class KVCachePool:
                     before, self._releasing = self._releasing, token  # half a hold, if a callback comes in and tidies
                     self._table.read(0)
                     self._reader, self._reader_ref = 0, None  # now: a signal handler may have opened a view just before
-                    _fence()  # looked at last, for it may just become so: see `_drop_locked`
+                    _new_lock().acquire()  # looked at last, for it may just become so: see `_drop_locked`
                     is_condemned = self._table.halves[self._table.record(slot)] == CONDEMNED
                     del self._holds[token]  # now: a signal handler that closed the pool would have unmapped it
                     self._releasing = before
@@ -4649,7 +4641,7 @@ class KVCachePool:
         # A reader pins without the lock, and then looks at the seal; it unpins, and then looks for CONDEMNED. So change
         # that first and look at the pins second.
         halves[record] = CONDEMNED
-        _fence()
+        _new_lock().acquire()
         pinned = table.is_pinned(slot)
         if not pinned:
             halves[record] = FREE
@@ -4873,16 +4865,19 @@ class KVCachePool:
         """Return a copy of the value, None if there is none. Changes: eviction order, use count, statistics."""
         encoded = encode_key(key)
         try:
-            for _ in range(UNLOCKED_TRIES):
+            for _ in UNLOCKED_TRIES:
                 words, table = self._words, self._table
                 if self._untidy or self._gone_views or self._closing or not (self._is_lock_free and _own_process[0]):
                     break
                 changes, is_dirty = words[CHANGES], words[DIRTY]
-                use, value = table.read_value(encoded)
+                use, offset, size = table.find_use(encoded)
                 if use > 0:
-                    self._note_use(use)
-                    return value
-                if not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes and self._count_miss():
+                    value = self._memory[offset : offset + size]
+                    if table.is_current(use):
+                        if not table.note_use(use, next(self._use_numbers)):
+                            self._note_late(use)
+                        return value
+                elif not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes and self._count_miss():
                     return None
         except (PoolClosedError, IndexError, ValueError):  # closed by another thread, or led astray by a change
             pass
@@ -4918,17 +4913,11 @@ class KVCachePool:
             pass
         return 0, -1
 
-    def _note_use(self, use: int) -> None:
-        """Note a use of an entry without the lock; if there is no place, all are counted first, under it."""
-        try:
-            if not self._table.note_use(use, next(self._use_numbers)):
-                self._count_uses()
-                self._table.note_use(use, next(self._use_numbers))
-            _fence()  # see `_count_uses_locked`
-            if not self._words[USED]:
-                self._words[USED] = 1
-        except (IndexError, ValueError, CacheError):  # closed meanwhile; or a signal handler inside a call, or a child
-            pass
+    def _note_late(self, use: int) -> None:
+        """Note a use of an entry that found no place, once all that are noted have been counted under the lock."""
+        with contextlib.suppress(CacheError, IndexError, ValueError):  # a signal handler inside a call; closed; forked
+            self._count_uses()
+            self._table.note_use(use, next(self._use_numbers))
 
     @_locked
     def _count_uses(self) -> None:
@@ -5028,8 +5017,12 @@ class KVCachePool:
                     finally:
                         self._is_locked = False
                     if is_pinned:
-                        if counts:
-                            self._note_use(use)
+                        try:
+                            is_noted = not counts or self._table.note_use(use, next(self._use_numbers))
+                        except (IndexError, ValueError):  # a signal handler has just forked: this is the child
+                            is_noted = True
+                        if not is_noted:
+                            self._note_late(use)
                         return view
                     if view is not None:
                         self._close_view(token, view, cast(memoryview, view.obj))
@@ -5055,7 +5048,7 @@ class KVCachePool:
             self._holds[token] = use & 0xFFFFFFFF
             self._reader = token
             table.read(use & 0xFFFFFFFF)
-            _fence()  # see `EntryTable.begin_change`
+            _new_lock().acquire()  # see `EntryTable.begin_change`
             return use, view, table.is_current(use)
         except (PoolClosedError, IndexError, ValueError):
             self._holds.pop(token, None)
@@ -5216,7 +5209,7 @@ class KVCachePool:
         """Return how many of these keys are there before the first that is missing; -1: that takes the lock."""
         with contextlib.suppress(PoolClosedError, IndexError, ValueError):
             words, find = self._words, self._table.find
-            for _ in range(UNLOCKED_TRIES):
+            for _ in UNLOCKED_TRIES:
                 changes = words[CHANGES]
                 if not self._may_read_unlocked():
                     break
@@ -5426,7 +5419,7 @@ class KVCachePool:
         self._check_open()
         encoded = encode_key(key)
         with contextlib.suppress(PoolClosedError, IndexError, ValueError):
-            for _ in range(UNLOCKED_TRIES):
+            for _ in UNLOCKED_TRIES:
                 words, table, changes = self._words, self._table, self._words[CHANGES]
                 if not self._may_read_unlocked() or words[DIRTY] or words[USED]:
                     break
