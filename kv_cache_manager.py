@@ -2972,22 +2972,15 @@ def _describe_saved(copy: bytes, names: set[str], crc32: int, begin: int) -> tup
     Put together by hand, from the bytes: going by way of a CacheEntry and `json.dumps` takes five times as long, which
     tells with 100,000 small entries.
     """
-    (
-        _, _, size, _, _, _, _, _, _, _, _, created, accessed, tokens, layer, _, _, _, _,
-        key_bytes, prefix_bytes, tensor_bytes, _, _,
-    ) = RECORD.unpack_from(copy, COPY_RECORD_AT)  # fmt: skip
-    _, _, count, priority, _, _ = COPY_ORDER.unpack_from(copy)
-    at = COPY_RECORD_AT + RECORD.size
-    key, at = copy[at : at + key_bytes].decode(), at + key_bytes
-    prefix, at = copy[at : at + prefix_bytes].decode(), at + prefix_bytes
+    key, prefix, tensor, _, size, created, accessed, count, priority, tokens, layer = read_copy(copy)
     name, key_text = key, encode_basestring(key)
     while name in names or name == "__metadata__":  # the one name that safetensors keeps for itself
         name += "_"
     names.add(name)
     text = key_text if name is key else encode_basestring(name)
     dtype, framework, shape = "U8", "", str(size)
-    if tensor_bytes:
-        framework, _, described = copy[at : at + tensor_bytes].decode().partition(":")
+    if tensor:
+        framework, _, described = tensor.partition(":")
         dtype, _, shape = described.partition(" ")
         framework, shape = f"{framework}:", shape.replace(" ", ",")
     return (
@@ -3015,6 +3008,24 @@ def header_room(texts: bytes) -> int:
     """Return how many bytes are enough for what the header says of an entry, from its key and all its texts."""
     # The key is there three times, and twice in JSON within JSON.
     return 300 + (32 if _ESCAPED.search(texts) else 4) * len(texts)
+
+
+def read_copy(copy: bytes) -> tuple[str, str, str, int, int, float, float, int, int, int, int]:
+    """Return what a copied entry says.
+
+    (key, prefix hash, tensor description, first block, size, created, accessed, uses, priority, sequence length,
+    layer).
+    """
+    (
+        _, _, size, start, _, _, _, _, _, _, _, created, accessed, tokens, layer, _, _, _, _,
+        key_bytes, prefix_bytes, tensor_bytes, _, _,
+    ) = RECORD.unpack_from(copy, COPY_RECORD_AT)  # fmt: skip
+    _, _, count, priority, _, _ = COPY_ORDER.unpack_from(copy)
+    at = COPY_RECORD_AT + RECORD.size
+    key, at = copy[at : at + key_bytes].decode(), at + key_bytes
+    prefix, at = copy[at : at + prefix_bytes].decode(), at + prefix_bytes
+    tensor = copy[at : at + tensor_bytes].decode()
+    return key, prefix, tensor, start, size, created, accessed, count, priority, tokens, layer
 
 
 def copied_key(copy: bytes) -> str:
@@ -4155,11 +4166,13 @@ class KVCachePool:
         self._reader, self._reader_ref = 0, None
         self._releasing = 0
         self._untidy = [0]
-        self._table.act_for(NO_SESSION)  # a call that was interrupted by the fork goes on in the child
         _lent_out.discard(self)
-        if segment is not None and self._closing:  # the views that it waits for are the parent's
+        if segment is None:
+            return
+        self._table.act_for(NO_SESSION)  # a call that was interrupted by the fork goes on in the child
+        if self._closing:  # the views that it waits for are the parent's
             self._shut(wait=False)
-        elif segment is not None:
+        else:
             try:
                 segment.reopen_after_fork()
             except OSError as error:  # out of file descriptors, no /proc, no permission: closed, not without locks
@@ -4221,9 +4234,9 @@ class KVCachePool:
         count, uses = self._table.take_uses()
         words[HITS] = words[HITS] + count
         if uses:
-            self._words[DIRTY] = 1
+            words[DIRTY] = 1
             self._order.touch_all_locked([slot for _, slot in uses])
-            self._words[DIRTY] = 0
+            words[DIRTY] = 0
             boot = time.time() - time.monotonic()
             self._table.set_all_accessed({slot: boot + moment for moment, slot in uses})
 
@@ -4311,40 +4324,43 @@ class KVCachePool:
 
     def _reap(self) -> None:
         """Do what `_reap_locked` does in steps, between which others get the lock."""
-        for session, pid in self._dead_sessions().items():
+        dead = self._dead_sessions()
+        if dead:
             for among in self._ranges():
-                self._settle_dead(session, pid, among)
-            self._settle_dead(session, pid, range(0), is_last=True)
+                self._settle_dead(dead, among)
+            self._settle_dead(dead, range(0), is_last=True)
 
     @_locked
     def _dead_sessions(self) -> dict[int, int]:
+        return self._dead_sessions_locked()
+
+    def _dead_sessions_locked(self) -> dict[int, int]:
         """Return session -> pid of those whose process has died."""
         segment = self._segment
         assert segment is not None
         return {number: pid for number, pid in segment.session_pids().items() if not segment.is_alive(number)}
 
     @_locked
-    def _settle_dead(self, session: int, pid: int, among: range, is_last: bool = False) -> None:
-        """Free what a dead session holds of some slots; the last step forgets it."""
+    def _settle_dead(self, dead: Mapping[int, int], among: range, is_last: bool = False) -> None:
+        """Free what dead sessions hold of some slots; the last step forgets them. Others may do the same."""
+        left = [session for session, pid in self._dead_sessions_locked().items() if dead.get(session) == pid]
+        self._settle_dead_locked(left, among, is_last)
+
+    def _settle_dead_locked(self, dead: Iterable[int], among: range | None = None, is_last: bool = True) -> None:
+        """Free what dead sessions hold of some slots, or of all; `is_last`: their numbers are free then."""
         segment = self._segment
         assert segment is not None
-        if segment.session_pids().get(session) == pid and not segment.is_alive(session):  # else another has done it
+        for session in dead:
             self._table.end_read(session)
-            self._settle_locked({session: ((), ())}, among)
-            if is_last:
-                segment.forget_session_locked(session)
+        self._settle_locked(dict.fromkeys(dead, ((), ())), among)
+        for session in dead if is_last else ():
+            segment.forget_session_locked(session)
 
     def _reap_locked(self) -> bool:
         """Free what sessions hold whose process has died; return True if there was such a session."""
-        segment = self._segment
-        assert segment is not None
-        dead = [number for number in segment.session_pids() if not segment.is_alive(number)]
+        dead = self._dead_sessions_locked()
         if dead:
-            for session in dead:
-                self._table.end_read(session)
-            self._settle_locked(dict.fromkeys(dead, ((), ())))
-            for session in dead:
-                segment.forget_session_locked(session)
+            self._settle_dead_locked(dead)
         return bool(dead)
 
     def _rebuild_locked(self) -> list[str]:
@@ -4867,7 +4883,7 @@ class KVCachePool:
         try:
             for _ in UNLOCKED_TRIES:
                 words, table = self._words, self._table
-                if self._untidy or self._gone_views or self._closing or not (self._is_lock_free and _own_process[0]):
+                if not (self._is_lock_free and self._may_read_unlocked()):
                     break
                 changes, is_dirty = words[CHANGES], words[DIRTY]
                 use, offset, size = table.find_use(encoded)
@@ -4895,12 +4911,15 @@ class KVCachePool:
         return found
 
     def _may_read_unlocked(self) -> bool:
-        """Return True if nothing of this handle has to be put in order under the lock first."""
+        """Return True if this machine allows it, and nothing of this handle has to be put in order first."""
         nothing_due = not (self._untidy or self._gone_views or self._closing)
-        return nothing_due and self._is_lock_free and bool(_own_process[0])
+        return nothing_due and LOADS_IN_ORDER and bool(_own_process[0])
 
     def _look_up(self, key: bytes) -> tuple[int, int]:
-        """(slot or 0, CHANGES for which that is true), without the lock; (0, -1) if that can't be told without it."""
+        """(slot or 0, CHANGES for which that is true), without the lock; (0, -1) if that can't be told without it.
+
+        `_count_unlocked` does the same for a path; `in` by way of it would take half as long again.
+        """
         try:
             words = self._words
             changes: int = words[CHANGES]
@@ -4926,7 +4945,7 @@ class KVCachePool:
 
     def _count_miss(self) -> bool:
         """Count a miss without the lock; False if that can't be done, or the pool also records accesses."""
-        with self._mutex:  # not a lock of the parent's: `_look_up` has just looked
+        with self._mutex:  # not a lock of the parent's: the caller has just looked
             if self._segment is None or self._closing or self._untidy or self._is_locked or self._recorded:
                 return False
             try:
@@ -5009,8 +5028,7 @@ class KVCachePool:
         """Return a view of an entry, pinned as `token`; without the lock if this handle has no other such view."""
         if self._is_lock_free and not self._reader and _own_process[0]:
             with self._mutex:  # other threads use the same word to pin
-                if not (self._reader or self._is_locked or self._untidy or self._gone_views or self._closing):
-                    view = None
+                if not (self._reader or self._is_locked) and self._may_read_unlocked():
                     try:
                         self._is_locked = True  # a signal handler must not use the word, nor look at half a pin
                         use, view, is_pinned = self._pin_unlocked(key, token, is_writable)
@@ -5494,18 +5512,11 @@ class KVCachePool:
 
     def _decode(self, copy: bytes) -> CacheEntry:
         """Return the entry, from what `_copy_locked` says of it."""
-        (
-            _, _, size, start, _, _, _, _, _, _, _, created, accessed, tokens, layer, _, _, _, _,
-            key_bytes, prefix_bytes, tensor_bytes, _, _,
-        ) = RECORD.unpack_from(copy, COPY_RECORD_AT)  # fmt: skip
-        _, _, count, priority, _, _ = COPY_ORDER.unpack_from(copy)
-        at = COPY_RECORD_AT + RECORD.size
-        key, at = copy[at : at + key_bytes].decode(), at + key_bytes
-        prefix, at = copy[at : at + prefix_bytes].decode(), at + prefix_bytes
+        key, prefix, tensor, start, size, created, accessed, count, priority, tokens, layer = read_copy(copy)
         offset = self._data_offset + start * self._geometry.block_size
         entry = CacheEntry(key, prefix, offset, size, created, accessed, count, priority, tokens, layer)
-        if tensor_bytes:
-            entry.framework, _, described = copy[at : at + tensor_bytes].decode().partition(":")
+        if tensor:
+            entry.framework, _, described = tensor.partition(":")
             entry.dtype, *shape = described.split(" ")
             entry.shape = tuple(map(int, shape))
         return entry

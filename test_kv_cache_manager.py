@@ -1960,6 +1960,11 @@ def interrupt() -> None:
 
 def in_child(work: Callable[[], None]) -> int:
     """Run `work` in a forked child; the exit status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork_child(work), 0)[1])
+
+
+def fork_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked child, which then ends; the pid."""
     pid = os.fork()
     if not pid:
         try:
@@ -1970,7 +1975,7 @@ def in_child(work: Callable[[], None]) -> int:
 
             traceback.print_exc()
             os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
 
 
 def assert_sound(pool: KVCachePool) -> None:
@@ -4658,13 +4663,7 @@ class TestReads:
 
         with make_pool(12) as pool:
             pool.put("key", payload("key", size))
-            pid = os.fork()
-            if not pid:
-                try:
-                    stop_and_read()
-                    os._exit(0)
-                except BaseException:
-                    os._exit(1)
+            pid = fork_child(stop_and_read)
             assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
             for i in range(5):  # a stopped reader holds nobody up
                 assert pool.put(f"other {i}", payload(f"other {i}", size))
