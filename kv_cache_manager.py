@@ -143,7 +143,7 @@ import time
 import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from json.encoder import encode_basestring
@@ -152,9 +152,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar, 
 
 if TYPE_CHECKING:
     import argparse
-    from typing import Concatenate, ParamSpec
 
-    _P = ParamSpec("_P")
+    from typing_extensions import TypeVarTuple, Unpack
+
+    _Args = TypeVarTuple("_Args")
 
 _R = TypeVar("_R")
 
@@ -2002,8 +2003,28 @@ def _map_pages(memory: mmap.mmap, offset: int, size: int) -> None:
     _ = memory[offset & -FAULT_AROUND : offset + size : FAULT_AROUND]
 
 
-class Segment:
-    """One pool's file, its locks, and once mapped its memory, seen as bytes, 32-bit halves, 64-bit words and floats.
+class Memory:
+    """The bytes of a pool, also seen as 64-bit words, 32-bit halves and floats. A slice of `memory` is a copy."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self.memory = memory
+        self.buffer = memoryview(memory)
+        self.read_only = self.buffer.toreadonly()
+        self.words = self.buffer.cast("q")
+        self.halves = self.buffer.cast("I")
+        self.floats = self.buffer.cast("d")
+
+    def release(self) -> None:
+        """Unmap the memory, once no view shows it any more."""
+        for name in ("halves", "words", "floats", "read_only", "buffer"):
+            if hasattr(self, name):
+                getattr(self, name).release()
+        if hasattr(self, "memory"):
+            del self.memory
+
+
+class Segment(Memory):
+    """One pool's file, its locks, and once mapped its memory.
 
     A segment of tier cpu is POSIX shared memory: a file of /dev/shm, which is all that `shm_open` opens on Linux. It is
     mapped without `multiprocessing.shared_memory`, whose import takes longer than all the rest of opening a pool, and
@@ -2088,12 +2109,7 @@ class Segment:
         with _os_errors(f"open {self.path}"):
             _record_lock(self.fd, fcntl.F_RDLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLKW)
             self.map_fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-            self.memory = mmap.mmap(self.map_fd, header.geometry.total_bytes)
-        self.buffer = memoryview(self.memory)
-        self.read_only = self.buffer.toreadonly()
-        self.words = self.buffer.cast("q")
-        self.halves = self.buffer.cast("I")
-        self.floats = self.buffer.cast("d")
+            super().__init__(mmap.mmap(self.map_fd, header.geometry.total_bytes))
 
     def make(self, header: SegmentHeader, progress: Progress | None = None) -> None:
         """Make a pool of an empty file, whole or not at all, and map it. The caller has the name locked."""
@@ -2189,12 +2205,6 @@ class Segment:
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 
-    def session_pids(self) -> dict[int, int]:
-        """Session number -> pid of all that are in the table, dead ones too."""
-        base = self.header.geometry.index_offset // 8
-        table = self.words[base : base + MAX_SESSIONS].tolist()
-        return {number: pid for number, pid in enumerate(table) if pid}
-
     def is_alive(self, session: int) -> bool:
         """Return True if the process behind a session still has it open.
 
@@ -2202,25 +2212,9 @@ class Segment:
         """
         return session == self.session or _byte_is_locked(self.fd, SESSION_BYTE + session)
 
-    def claim_session_locked(self) -> int:
-        """Take a free session and return its number, -1 if there is none. One of the dead is free once forgotten."""
-        taken = self.session_pids()
-        base = self.header.geometry.index_offset // 8
-        for number in range(MAX_SESSIONS):
-            if number not in taken and _try_lock_byte(self.fd, fcntl.F_WRLCK, SESSION_BYTE + number):
-                self.words[base + MAX_SESSIONS + number] = 0
-                self.words[TOP_SESSION] = max(self.words[TOP_SESSION], number + 1)
-                self.words[base + number] = os.getpid()
-                return number
-        return -1
-
-    def forget_session_locked(self, session: int) -> None:
-        """Clear a session that nothing refers to any more; its misses stay counted."""
-        words, pid = self.words, self.header.geometry.index_offset // 8 + session
-        own = pid + 2 * MAX_SESSIONS
-        misses, words[own] = words[own], 0
-        words[MISSES] = (words[MISSES] + misses) & I64_MAX
-        words[pid] = 0
+    def lock_session(self, session: int) -> bool:
+        """Take the lock that tells others that this session is alive; False if another one has it."""
+        return _try_lock_byte(self.fd, fcntl.F_WRLCK, SESSION_BYTE + session)
 
     def can_be_locked(self, patience: float) -> bool:
         """Return True if the pool's lock is free now, or within so many seconds."""
@@ -2269,11 +2263,7 @@ class Segment:
             with contextlib.suppress(OSError):
                 _record_lock(self.fd, fcntl.F_UNLCK, NAME_BYTE, fcntl.F_OFD_SETLK)
         self._close_files()
-        for name in ("halves", "words", "floats", "read_only", "buffer"):
-            if hasattr(self, name):
-                getattr(self, name).release()
-        if hasattr(self, "memory"):
-            del self.memory
+        self.release()
         self.ghosts = None
 
 
@@ -2440,16 +2430,12 @@ def _not_zero(column: bytes) -> list[int]:
 class EntryTable:
     """The records of a segment, with a chain of slots for every hash of a key and of a prefix. The pool locks."""
 
-    def __init__(self, segment: Segment) -> None:
-        geometry = segment.header.geometry
-        self.memory, self.words = segment.memory, segment.words
-        self.halves, self.floats = segment.halves, segment.floats
+    def __init__(self, memory: Memory, geometry: Geometry) -> None:
+        self.memory, self.words = memory.memory, memory.words
+        self.halves, self.floats = memory.halves, memory.floats
         self.num_slots = geometry.num_slots
+        self.geometry = geometry
         self._every_slot = range(self.num_slots)  # links that go in a circle must not hang anybody
-        self._geometry = geometry
-        self._reads = geometry.index_offset // 8 + MAX_SESSIONS
-        self._misses = self._reads + MAX_SESSIONS
-        self._uses = self._misses + MAX_SESSIONS  # for each session MAX_USES uses, and then their times
         self._data_offset, self._block_size = geometry.data_offset, geometry.block_size
         self._records = geometry.records_offset // 4
         self._key_heads = geometry.heads_offset // 4
@@ -2515,21 +2501,43 @@ class EntryTable:
         words[GENERATION] = generation
         words[(self._records + slot * HALVES_PER_RECORD) >> 1] = COMPLETE | generation << 32
 
-    def begin_change(self, slot: int) -> bool:
-        """Keep readers without the lock from an entry whose value is about to change in place, or move.
-
-        False, and nothing is changed, if one has it pinned just now; others pin under the lock. A reader pins first and
-        then looks at the seal. So whoever changes the seal first and then looks at the pins sees the pin, or is seen.
-        `complete` must follow.
-        """
+    def seal_off(self, slot: int) -> None:
+        """Mark an entry as CHANGING: readers without the lock keep from it until `unseal` or `complete`."""
         half = self._records + slot * HALVES_PER_RECORD + R_GENERATION
-        halves = self.halves
-        halves[half] = generation = halves[half] | 1
-        _new_lock().acquire()
-        if self.is_read(slot):
-            halves[half] = generation ^ 1
-            return False
-        return True
+        self.halves[half] = self.halves[half] | 1
+
+    def unseal(self, slot: int) -> None:
+        """Let readers have an entry again that has not been changed."""
+        half = self._records + slot * HALVES_PER_RECORD + R_GENERATION
+        self.halves[half] = self.halves[half] ^ 1
+
+    def state(self, slot: int) -> int:
+        """Return FREE, WRITING, COMPLETE or CONDEMNED."""
+        state: int = self.halves[self._records + slot * HALVES_PER_RECORD]
+        return state
+
+    def set_state(self, slot: int, state: int) -> None:
+        self.halves[self._records + slot * HALVES_PER_RECORD] = state
+
+    def owner(self, slot: int) -> int:
+        """Return the session that writes a WRITING record."""
+        owner: int = self.halves[self._records + slot * HALVES_PER_RECORD + R_OWNER]
+        return owner
+
+    def priority(self, slot: int) -> int:
+        """Return the priority of a value on its way in; that of an entry is in its eviction node."""
+        return int(self.words[(self.record(slot) >> 1) + W_PRIORITY])
+
+    def set_checksum(self, slot: int, checksum: int) -> None:
+        self.halves[self.record(slot) + R_CHECKSUM] = checksum
+
+    def set_times(self, slot: int, created: float, accessed: float) -> None:
+        word = self.record(slot) >> 1
+        self.floats[word + W_CREATED], self.floats[word + W_ACCESSED] = created, accessed
+
+    def set_start(self, slot: int, start: int) -> None:
+        """Let a record point to other blocks, as many as before."""
+        self.halves[self.record(slot) + R_START] = start
 
     def claim(self, key: bytes, size: int, start: int, num_blocks: int, owner: int, meta: EntryMeta) -> int:
         """Fill in a record, its state still FREE; returns its slot, 0 if all are taken."""
@@ -2686,100 +2694,11 @@ class EntryTable:
         for slot, moment in times.items():
             floats[first + slot * (HALVES_PER_RECORD >> 1)] = moment
 
-    def is_pinned(self, slot: int) -> bool:
-        """Return True if any session pins it."""
-        words = self.words
-        word = ((self._records + slot * HALVES_PER_RECORD) >> 1) + W_PINS
-        return bool(words[word] or words[word + 1]) or self.is_read(slot)
-
-    def is_read(self, slot: int) -> bool:
-        """Return True if any session pins it by naming it."""
-        words, reads, top = self.words, self._reads, self.words[TOP_SESSION]
-        return slot in words[reads : reads + (top if top < MAX_SESSIONS else MAX_SESSIONS)].tolist()
-
-    def act_for(self, session: int) -> None:
-        """Whose pins `pin`, `unpin` and `read` are about: the session of this handle."""
-        self.session = session
-        self._own_pins = self._records + R_PINS + (session >> 5)  # of slot 0; those of others lie whole records further
-        self._own_bit = 1 << (session & 31)
-        self._own_uses = self._uses + 2 * MAX_USES * session
-
-    def pin(self, slot: int) -> None:
-        """Set our own pin: a single write, so that no crash leaves half of it."""
-        half = self._own_pins + slot * HALVES_PER_RECORD
-        self.halves[half] = self.halves[half] | self._own_bit
-
-    def unpin(self, slot: int) -> None:
-        """Clear our own pin."""
-        half = self._own_pins + slot * HALVES_PER_RECORD
-        self.halves[half] = self.halves[half] & ~self._own_bit
-
-    def read(self, slot: int) -> None:
-        """Pin a slot by naming it as the one that we read, in place of the one before; 0, which needs no lock: none."""
-        self.words[self._reads + self.session] = slot
-
-    def count_miss(self) -> None:
-        """Count a miss in our own word, which needs no lock."""
-        word = self._misses + self.session
-        self.words[word] = self.words[word] + 1
-
-    def misses(self) -> int:
-        """Return the misses of all sessions, and of those that have ended."""
-        words = self.words
-        return int(words[MISSES] + sum(words[self._misses : self._misses + MAX_SESSIONS].tolist()))
-
-    def note_use(self, use: int, number: int) -> bool:
-        """Note a use of an entry for this session, without the lock; False if the place of that number is taken.
-
-        Threads and signal handlers pass different numbers, so they need no lock between them. A process that dies in
-        here has not noted it.
-        """
-        words = self.words
-        at = self._own_uses + number % MAX_USES
-        if words[at]:
-            return False
-        self.floats[at + MAX_USES] = time.monotonic()
-        words[at] = use
-        words[USED] = 1
-        return True
-
-    def take_uses(self) -> tuple[int, list[tuple[float, int]]]:
-        """Clear what sessions have noted: (number of uses, (monotonic time, slot) of each, oldest first).
-
-        Uses of entries that have been changed since are not in the list.
-        """
-        words, floats, records, top_slot = self.words, self.floats, self._records, self.num_slots
-        found: list[tuple[float, int]] = []
-        count, at = 0, self._uses
-        for _ in range(min(words[TOP_SESSION], MAX_SESSIONS)):
-            for number, use in enumerate(words[at : at + MAX_USES].tolist(), at):
-                if use:
-                    moment = floats[number + MAX_USES]
-                    words[number] = 0
-                    count += 1
-                    slot = use & 0xFFFFFFFF
-                    if slot <= top_slot:
-                        seal = words[(records + slot * HALVES_PER_RECORD) >> 1]
-                        if seal == use - slot + COMPLETE:
-                            found.append((moment, slot))
-            at += 2 * MAX_USES
-        found.sort()
-        return count, found
-
-    def set_pin(self, slot: int, session: int, pinned: bool) -> None:
-        """Set or clear the pin of any session."""
-        half, bit = self.record(slot) + R_PINS + (session >> 5), 1 << (session & 31)
-        self.halves[half] = self.halves[half] | bit if pinned else self.halves[half] & ~bit
-
-    def end_read(self, session: int) -> None:
-        """Clear the word by which a session that has ended pins a slot."""
-        self.words[self._reads + session] = 0
-
     def used(self) -> range:
         """Return all slots that were ever used."""
         return range(1, min(max(self.words[TOP_SLOT], 0), self.num_slots) + 1)
 
-    def _bytes_of(self, offset: int, among: range) -> bytes:
+    def bytes_at(self, offset: int, among: range) -> bytes:
         """Return the byte at this offset of each of these records: 0.01 us a slot."""
         first = 4 * self.record(among.start) + offset
         return self.memory[first : first + len(among) * RECORD_BYTES : RECORD_BYTES]
@@ -2787,45 +2706,22 @@ class EntryTable:
     def slots(self, *states: int, among: range | None = None) -> list[int]:
         """Return the slots in one of these states, of all or of some; one pass over them."""
         among = self.used() if among is None else among
-        column = self._bytes_of(0, among)
+        column = self.bytes_at(0, among)
         if COMPLETE in states:
             return [slot for slot, state in zip(among, column, strict=True) if state in states]
         return [among.start + match.start() for match in re.finditer(b"[%b]" % bytes(states), column)]  # few or none
 
-    def pinned_by(self, session: int, among: range) -> list[int]:
-        """Those of some slots that a session pins by a bit in their records; one pass over them."""
-        column, bit = self._bytes_of(4 * R_PINS + (session >> 3), among), 1 << (session & 7)
-        return [among.start + at for at in _not_zero(column) if column[at] & bit]
-
-    def pinned(self, among: range) -> set[int]:
-        """Those of some slots that any session pins; one pass over them."""
-        top = min(self.words[TOP_SESSION], MAX_SESSIONS)
-        found = set(self.words[self._reads : self._reads + top].tolist()).intersection(among)
-        for byte in range((top + 7) >> 3):
-            found.update(among.start + at for at in _not_zero(self._bytes_of(4 * R_PINS + byte, among)))
-        return found
-
     def count(self, state: int, among: range) -> int:
         """Return how many of some slots are in a state."""
-        return self._bytes_of(0, among).count(state)
+        return self.bytes_at(0, among).count(state)
 
-    def layout(self) -> tuple[list[Extent], list[Extent]]:
-        """The extents that can be moved and evicted, by first block; and those in use. One pass, 0.5 us a slot."""
-        among = self.used()
-        first = self.record(1)
-        columns = [
-            self.halves[first + at : first + at + len(among) * HALVES_PER_RECORD : HALVES_PER_RECORD].tolist()
-            for at in (R_START, R_BLOCKS)
-        ]
-        pinned = self.pinned(among)
-        movable: list[Extent] = []
-        fixed: list[Extent] = []
-        for slot, state, start, num_blocks in zip(among, self._bytes_of(0, among), *columns, strict=True):
-            if state == COMPLETE and slot not in pinned:
-                movable.append((start, num_blocks, slot))
-            elif state:
-                fixed.append((start, num_blocks, slot))
-        return sorted(movable), sorted(fixed)
+    def extents(self, among: range) -> Iterator[tuple[int, int, int, int]]:
+        """Return (slot, state, start block, number of blocks) of some slots; one pass over them."""
+        first, last = self.record(among.start), len(among) * HALVES_PER_RECORD
+        starts, lengths = (
+            self.halves[first + at : first + at + last : HALVES_PER_RECORD] for at in (R_START, R_BLOCKS)
+        )
+        return zip(among, self.bytes_at(0, among), starts.tolist(), lengths.tolist(), strict=True)
 
     def chains(self, first: int, budget: int) -> tuple[list[int], int]:
         """Return the slots in the key chains from number `first` on, and the number of the next chain.
@@ -2866,10 +2762,10 @@ class EntryTable:
         start, num_blocks = self.extent(slot)
         size = self.words[(record >> 1) + W_SIZE]
         lengths = self._lengths(slot)
-        if size < 0 or num_blocks != self._geometry.blocks_for(size):
+        if size < 0 or num_blocks != self.geometry.blocks_for(size):
             return f"slot {slot} holds {size} bytes in {num_blocks} blocks"
-        if start + num_blocks > self._geometry.num_blocks:
-            return f"slot {slot} claims blocks {start} to {start + num_blocks - 1} of {self._geometry.num_blocks}"
+        if start + num_blocks > self.geometry.num_blocks:
+            return f"slot {slot} claims blocks {start} to {start + num_blocks - 1} of {self.geometry.num_blocks}"
         if not 0 < lengths[0] <= MAX_KEY_BYTES or sum(lengths) > RECORD_TEXT:
             return f"slot {slot} has texts of {lengths} bytes"
         key, prefix, _ = self.texts(slot)
@@ -2941,6 +2837,1076 @@ class EntryTable:
         return problems
 
 
+def read_copy(copy: bytes) -> tuple[str, str, str, int, int, float, float, int, int, int, int]:
+    """Return what a copied entry says.
+
+    (key, prefix hash, tensor description, first block, size, created, accessed, uses, priority, sequence length,
+    layer).
+    """
+    (
+        _, _, size, start, _, _, _, _, _, _, _, created, accessed, tokens, layer, _, _, _, _,
+        key_bytes, prefix_bytes, tensor_bytes, _, _,
+    ) = RECORD.unpack_from(copy, COPY_RECORD_AT)  # fmt: skip
+    _, _, count, priority, _, _ = COPY_ORDER.unpack_from(copy)
+    at = COPY_RECORD_AT + RECORD.size
+    key, at = copy[at : at + key_bytes].decode(), at + key_bytes
+    prefix, at = copy[at : at + prefix_bytes].decode(), at + prefix_bytes
+    tensor = copy[at : at + tensor_bytes].decode()
+    return key, prefix, tensor, start, size, created, accessed, count, priority, tokens, layer
+
+
+def copied_key(copy: bytes) -> str:
+    """Return the key of a copied entry."""
+    at = COPY_RECORD_AT + RECORD.size
+    return copy[at : at + COPY_SIZES.unpack_from(copy)[3]].decode()
+
+
+# ======================================================================================================================
+# Pins and uses
+# ======================================================================================================================
+
+
+class Pins:
+    """Who holds what: the pins of all sessions, as the segment has them, and what this handle holds, by token.
+
+    A slot is pinned if an open session has a bit in its record, or names it in the session table. `held` is the truth
+    about this handle: its bits and its name agree with it whenever no call is under way. A process that dies leaves
+    its bits, its name and its WRITING records; `Index.settle_dead` frees them. The caller has the lock, but for `name`.
+    """
+
+    def __init__(self, table: EntryTable) -> None:
+        self.words, self.halves = table.words, table.halves
+        self._table = table
+        self._pids = table.geometry.index_offset // 8
+        self._names = self._pids + MAX_SESSIONS
+        self._bits = table.record(0) + R_PINS
+        self.session = NO_SESSION
+        self.held: dict[int, int] = {}  # token -> slot that it pins or writes
+        self.writing: set[int] = set()  # the tokens that write
+        self.counts: dict[int, int] = {}  # slot -> how many tokens pin it by our bit
+        self.named = 0  # the token that pins by our word in the session table
+        self.ending = 0  # the token whose name is just being cleared without the lock
+
+    # --- sessions ----------------------------------------------------------------------------------------------------
+
+    def sessions(self) -> dict[int, int]:
+        """Return session -> pid of all that are in the table, dead ones too."""
+        table = self.words[self._pids : self._pids + MAX_SESSIONS].tolist()
+        return {number: pid for number, pid in enumerate(table) if pid}
+
+    def enter(self, session: int, pid: int) -> None:
+        """Put a session whose lock this process has into the table."""
+        words = self.words
+        words[self._names + session] = 0
+        words[TOP_SESSION] = max(words[TOP_SESSION], session + 1)
+        words[self._pids + session] = pid
+
+    def leave(self, session: int) -> None:
+        """Take a session that holds nothing out of the table."""
+        self.words[self._pids + session] = 0
+
+    def act_for(self, session: int) -> None:
+        """Make `session` the one whose pins this handle sets."""
+        self.session = session
+        self._own_bits = self._bits + (session >> 5)  # of slot 0; those of others lie whole records further
+        self._own_bit = 1 << (session & 31)
+
+    # --- of this handle ----------------------------------------------------------------------------------------------
+
+    def hold(self, slot: int, token: int) -> None:
+        """Pin a slot by our bit: a single write, so that no crash leaves half of it."""
+        self.held[token] = slot
+        count = self.counts.get(slot, 0)
+        if not count:
+            half = self._own_bits + slot * HALVES_PER_RECORD
+            self.halves[half] = self.halves[half] | self._own_bit
+        self.counts[slot] = count + 1
+
+    def hold_by_name(self, slot: int, token: int) -> None:
+        """Pin a slot for as long as a view or a copy lasts: by our word if it is free, else by our bit."""
+        if self.named or not LOADS_IN_ORDER:
+            return self.hold(slot, token)
+        self.held[token] = slot
+        self.named = token
+        return self.name(slot)
+
+    def name(self, slot: int) -> None:
+        """Write our word of the session table: the slot that we read; 0, which needs no lock: none."""
+        self.words[self._names + self.session] = slot
+
+    def drop(self, token: int) -> int:
+        """End what a token pins; returns its slot."""
+        slot = self.held.pop(token)
+        if token == self.named:
+            self.named = 0
+            self.name(0)
+            return slot
+        count = self.counts[slot] - 1
+        if count:
+            self.counts[slot] = count
+        else:
+            del self.counts[slot]
+            self._clear_bit(slot, self.session)
+        return slot
+
+    def forget(self, tokens: Iterable[int]) -> set[int]:
+        """Hold nothing by these tokens, whose calls were cut off, and count anew; returns their slots, 0 if not known.
+
+        Our bits and WRITING records do not agree with it yet: `Index.settle` must follow.
+        """
+        slots = {self.held.pop(token, 0) for token in tokens}
+        self.writing.difference_update(tokens)
+        if self.named not in self.held:
+            self.named = 0
+        by_bit = self.held.keys() - self.writing - {self.named, self.ending}
+        self.counts = dict(Counter(self.held[token] for token in by_bit))
+        self.name(0 if self.named == self.ending else self.held.get(self.named, 0))
+        return slots
+
+    def written(self) -> set[int]:
+        """Return the slots that this handle writes."""
+        return {self.held[token] for token in self.writing if token in self.held}
+
+    def clear(self) -> None:
+        """Hold nothing, in a forked child: all of it is the parent's."""
+        self.held.clear()
+        self.writing.clear()
+        self.counts.clear()
+        self.named = self.ending = 0
+
+    # --- of all sessions ---------------------------------------------------------------------------------------------
+
+    def is_pinned(self, slot: int) -> bool:
+        """Return True if any session pins it."""
+        words = self.words
+        word = (self._bits + slot * HALVES_PER_RECORD) >> 1
+        return bool(words[word] or words[word + 1]) or self.is_named(slot)
+
+    def is_named(self, slot: int) -> bool:
+        """Return True if any session pins it by naming it."""
+        words, names, top = self.words, self._names, self.words[TOP_SESSION]
+        return slot in words[names : names + (top if top < MAX_SESSIONS else MAX_SESSIONS)].tolist()
+
+    def pinned(self, among: range) -> set[int]:
+        """Those of some slots that any session pins; one pass over them."""
+        top = min(self.words[TOP_SESSION], MAX_SESSIONS)
+        found = set(self.words[self._names : self._names + top].tolist()).intersection(among)
+        for byte in range((top + 7) >> 3):
+            found.update(among.start + at for at in _not_zero(self._table.bytes_at(4 * R_PINS + byte, among)))
+        return found
+
+    def release_all(self, session: int, among: range, but: Container[int] = ()) -> None:
+        """Clear the bits of a session in some records, but of those `but` that it does pin; one pass over them."""
+        column, bit = self._table.bytes_at(4 * R_PINS + (session >> 3), among), 1 << (session & 7)
+        for at in _not_zero(column):
+            slot = among.start + at
+            if column[at] & bit and slot not in but:
+                self._clear_bit(slot, session)
+
+    def end_name(self, session: int) -> None:
+        """Clear the word by which a session that has ended names a slot."""
+        self.words[self._names + session] = 0
+
+    def _clear_bit(self, slot: int, session: int) -> None:
+        half = self._bits + slot * HALVES_PER_RECORD + (session >> 5)
+        self.halves[half] = self.halves[half] & ~(1 << (session & 31))
+
+
+class Uses:
+    """What readers without the lock have noted, by session: uses of entries, and misses. The next lock counts them.
+
+    A use is slot | generation << 32. A process that dies while it notes one has not noted it.
+    """
+
+    def __init__(self, table: EntryTable) -> None:
+        self.words, self.floats = table.words, table.floats
+        self._table = table
+        self._misses = table.geometry.index_offset // 8 + 2 * MAX_SESSIONS
+        self._uses = self._misses + MAX_SESSIONS  # for each session MAX_USES uses, and then their times
+        self.act_for(NO_SESSION)
+
+    def act_for(self, session: int) -> None:
+        """Make `session` the one whose places `note` and `count_miss` write."""
+        self._own_uses = self._uses + 2 * MAX_USES * session
+        self._own_misses = self._misses + session
+
+    def note(self, use: int, number: int) -> bool:
+        """Note a use of an entry for this session, without the lock; False if the place of that number is taken.
+
+        Threads and signal handlers pass different numbers, so they need no lock between them.
+        """
+        words = self.words
+        at = self._own_uses + number % MAX_USES
+        if words[at]:
+            return False
+        self.floats[at + MAX_USES] = time.monotonic()
+        words[at] = use
+        words[USED] = 1
+        return True
+
+    def take(self) -> tuple[int, list[tuple[float, int]]]:
+        """Clear what sessions have noted: (number of uses, (monotonic time, slot) of each, oldest first).
+
+        Uses of entries that have been changed since are not in the list.
+        """
+        words, floats, is_current = self.words, self.floats, self._table.is_current
+        words[USED] = 0
+        _new_lock().acquire()  # a use that is noted from now on sets USED again
+        found: list[tuple[float, int]] = []
+        count, at = 0, self._uses
+        for _ in range(min(words[TOP_SESSION], MAX_SESSIONS)):
+            for number, use in enumerate(words[at : at + MAX_USES].tolist(), at):
+                if use:
+                    moment = floats[number + MAX_USES]
+                    words[number] = 0
+                    count += 1
+                    if use & 0xFFFFFFFF <= self._table.num_slots and is_current(use):
+                        found.append((moment, use & 0xFFFFFFFF))
+            at += 2 * MAX_USES
+        found.sort()
+        return count, found
+
+    def count_miss(self) -> None:
+        """Count a miss in our own word, which needs no lock."""
+        self.words[self._own_misses] = self.words[self._own_misses] + 1
+
+    def misses(self) -> int:
+        """Return the misses of all sessions, and of those that have ended."""
+        words = self.words
+        return int(words[MISSES] + sum(words[self._misses : self._misses + MAX_SESSIONS].tolist()))
+
+    def leave(self, session: int) -> None:
+        """Keep the misses of a session that has ended."""
+        words, own = self.words, self._misses + session
+        misses, words[own] = words[own], 0
+        words[MISSES] = (words[MISSES] + misses) & I64_MAX
+
+
+# ======================================================================================================================
+# Index
+# ======================================================================================================================
+
+
+class Saved(NamedTuple):
+    """What a snapshot says of the history of a value."""
+
+    access_count: int
+    created: float  # seconds since the epoch
+    accessed: float
+    checksum: int  # CRC-32, 0: unknown
+
+
+class Index:
+    """All that is done to a pool under its lock: find, use, store, evict, move, settle, repair, check, describe.
+
+    It works over the memory of a segment, or over private memory, by slot and token, and knows no threads, views, files
+    and processes: `is_alive` tells whether the process behind a session lives. The caller has the pool's lock, and has
+    called `catch_up` where readers may have noted uses. Invariant whenever the lock is free: all that is derived agrees
+    with the records, or DIRTY is set. Each change sets it first, and in the end writes `_unfinished`: 0, or 1 if the
+    change is a part of a larger one. A process that dies in here leaves it set, so does an error; `rebuild` follows.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        geometry: Geometry,
+        policy: EvictionPolicy,
+        ghosts: memoryview | None = None,
+        is_alive: Callable[[int], bool] = bool,
+    ) -> None:
+        self.memory, self.words = memory.memory, memory.words
+        self.geometry = geometry
+        self.is_alive = is_alive
+        self._unfinished = 0
+        self._data_offset, self._block_size = geometry.data_offset, geometry.block_size
+        self.table = EntryTable(memory, geometry)
+        self.pins = Pins(self.table)
+        self.uses = Uses(self.table)
+        self.blocks = BitmapAllocator(
+            geometry.num_blocks,
+            memory.buffer[HEADER_SIZE : geometry.data_offset],
+            memory.words[ALLOCATED : ALLOCATED + BITMAP_COUNTERS],
+        )
+        self.order = EvictionManager(
+            policy,
+            memory.buffer[geometry.order_offset : geometry.records_offset],
+            geometry.num_slots,
+            geometry.num_blocks,
+            self.table.blocks_of,
+            ghosts,
+        )
+        self._num_recorded, self._accesses = geometry.num_recorded, geometry.accesses_offset >> 3
+
+    def act_for(self, session: int) -> None:
+        """Pin and note uses for this session from now on."""
+        self.pins.act_for(session)
+        self.uses.act_for(session)
+
+    # --- using -------------------------------------------------------------------------------------------------------
+
+    def catch_up(self) -> None:
+        """Bring order, use counts and hits up to date with the uses that readers without the lock have noted."""
+        words = self.words
+        count, uses = self.uses.take()
+        words[HITS] = words[HITS] + count
+        if uses:
+            words[DIRTY] = 1
+            self.order.touch_all_locked([slot for _, slot in uses])
+            words[DIRTY] = self._unfinished
+            boot = time.time() - time.monotonic()
+            self.table.set_all_accessed({slot: boot + moment for moment, slot in uses})
+
+    def use(self, key: bytes) -> int:
+        """Find an entry and count a use of it, or a miss; returns its slot, or 0."""
+        table, words = self.table, self.words
+        slot = table.find(key)
+        if self._num_recorded:
+            self._record(key, slot, True)
+        if not slot:
+            self.uses.count_miss()
+            return 0
+        words[DIRTY] = 1
+        self.order.touch_locked(slot)
+        words[DIRTY] = self._unfinished
+        table.set_accessed(slot, time.time())
+        words[HITS] = words[HITS] + 1
+        return slot
+
+    def get(self, key: bytes, token: int) -> bytes | tuple[int, int] | None:
+        """Use an entry; returns its value, or if that is large (offset, size), pinned by `token`; None on a miss."""
+        slot = self.use(key)
+        if not slot:
+            return None
+        offset, size = self.table.place(slot)
+        if size <= COPY_UNDER_LOCK:
+            return self.memory[offset : offset + size]
+        self.pins.hold_by_name(slot, token)
+        return offset, size
+
+    def hold(self, key: bytes, token: int, counts: bool) -> tuple[int, int] | None:
+        """Return (offset, size) of an entry, pinned by `token`; None on a miss. `counts`: it is a use of it."""
+        slot = self.use(key) if counts else self.table.find(key)
+        if not slot:
+            return None
+        self.pins.hold_by_name(slot, token)
+        return self.table.place(slot)
+
+    def _record(self, key: bytes, slot: int, is_first: bool) -> None:
+        """Note an access: a hit, or a miss (0), the first of its request or not. A crash leaves it out."""
+        words = self.words
+        number = words[RECORDED]
+        at = self._accesses + 2 * (number % self._num_recorded)
+        size = self.table.place(slot)[1] if slot else 0
+        words[at] = key_digest(key)
+        words[at + 1] = size << 2 | is_first << 1 | bool(slot)
+        words[RECORDED] = number + 1
+
+    def recorded(self) -> list[int]:
+        """Return the last accesses, oldest first, two words each: see `_record`."""
+        number, kept = self.words[RECORDED], self._num_recorded
+        ring: list[int] = self.words[self._accesses : self._accesses + 2 * kept].tolist()
+        begin = 2 * (number % kept) if kept and number > kept else 0
+        return ring[begin : 2 * number] + ring[:begin]
+
+    def pin(self, key: bytes, token: int) -> bool:
+        """Pin an entry until `unpin`; False if there is none."""
+        slot = self.table.find(key)
+        if slot:
+            self.pins.hold(slot, token)
+        return bool(slot)
+
+    def unpin(self, *tokens: int) -> None:
+        """End what these tokens pin, but for those that hold nothing: a forked child's, or settled already."""
+        for token in tokens:
+            if token in self.pins.held:
+                self.free_unread(self.pins.drop(token))
+
+    def free_unread(self, slot: int) -> None:
+        """Free what a deleted value holds, if nobody reads it any more."""
+        if self.table.state(slot) == CONDEMNED and not self.pins.is_pinned(slot):
+            self._free([slot])
+
+    # --- paths -------------------------------------------------------------------------------------------------------
+
+    def find_path(self, keys: Iterable[bytes]) -> list[int]:
+        """Return the slots of the leading run of keys that are there."""
+        return list(itertools.takewhile(bool, map(self.table.find, keys)))
+
+    def touch_path(self, slots: Sequence[int], unused: Container[int] = (), ends_prompt: bool = False) -> None:
+        """Count a use of the slots of one path, root first, see `EvictionManager.touch_path_locked`."""
+        self.words[DIRTY] = 1
+        self.order.touch_path_locked(slots, unused, ends_prompt)
+        self.words[DIRTY] = self._unfinished
+        self.table.set_all_accessed(dict.fromkeys(slots, time.time()))
+
+    def touch(self, keys: Sequence[bytes], ends_prompt: bool) -> int:
+        """Count a use of each of the leading run of keys; returns how many."""
+        slots = self.find_path(keys)
+        self.touch_path(slots, (), ends_prompt and len(slots) == len(keys))
+        return len(slots)
+
+    def requeue(self, keys: Sequence[bytes]) -> None:
+        """Put the entries of a path in the order that `touch` gives them, without counting a use."""
+        slots = self.find_path(keys)
+        self.touch_path(slots, frozenset(slots))
+
+    def count_path(self, keys: Sequence[bytes]) -> int:
+        return len(self.find_path(keys))
+
+    def use_path(self, keys: Sequence[bytes], token: int) -> list[bytes]:
+        """Pin and use the leading run of these keys: copies of the entries, pinned by `token`, `token` + 1, ..."""
+        slots = self.find_path(keys)
+        self.touch_path(slots)
+        self.words[HITS] += len(slots)
+        if len(slots) < len(keys):
+            self.uses.count_miss()
+        for number, key in enumerate(keys if self._num_recorded else ()):
+            self._record(key, slots[number] if number < len(slots) else 0, not number)
+        for number, slot in enumerate(slots):
+            self.pins.hold(slot, token + number)
+        return list(map(self.copy, slots))
+
+    def pin_same(self, key: bytes, size: int, tensor: bytes, token: int) -> bool:
+        """Pin an entry if it is there with that size and tensor description."""
+        slot = self.table.find(key)
+        if not slot or self.table.place(slot)[1] != size or self.table.texts(slot)[2] != tensor:
+            return False
+        self.pins.hold(slot, token)
+        return True
+
+    # --- room --------------------------------------------------------------------------------------------------------
+
+    def is_full(self, old: int = 0) -> bool:
+        """Return True if a value needs the place of another entry; not one that replaces `old`, if a slot is free."""
+        words = self.words
+        no_slot = not words[FREE_SLOT] and words[TOP_SLOT] == self.table.num_slots
+        return no_slot or (not old and words[NUM_ENTRIES] >= self.geometry.max_entries)
+
+    def _find_room(self, key: bytes, num_blocks: int) -> tuple[int, int] | None:
+        """Return (start of `num_blocks` free blocks, slot of the value under `key` or 0), and see that a slot is free.
+
+        Evicts and moves what must go. None, and nothing has changed, if pins are in the way.
+        """
+        words = self.words
+        old = self.table.find(key)
+        full = self.is_full(old)
+        start = None if full else self.blocks.find_locked(num_blocks)
+        if start is None:
+            if (words[UNREAD] or self.others_write()) and self.reclaim(only_signs=True):
+                return self._find_room(key, num_blocks)
+            start = self._make_room(num_blocks, full, old)
+            if start is None:
+                return None
+            if old and self.table.state(old) != COMPLETE:
+                old = 0
+        return start, old
+
+    def others_write(self) -> bool:
+        """Return True if there are values on their way in by others, or deleted ones that are still pinned."""
+        return bool(self.words[NUM_BUSY] > len(self.pins.writing))
+
+    def _make_room(self, num_blocks: int, need_slot: bool, old: int) -> int | None:
+        """Evict and move until `num_blocks` lie together; return where. None: pins are in the way, nothing changed.
+
+        Victims go in policy order until enough is free and no further; `old`, the value about to be replaced, goes only
+        when there is no other way. Everything is planned before anything is touched. Most often the first victim is
+        large enough; else the plan takes up to 2 us for each entry of the pool.
+        """
+        if num_blocks > self.geometry.num_blocks:
+            return None
+        victim = next(self.candidates(old), 0)
+        start, length = self.table.extent(victim)
+        must_evict = need_slot or num_blocks > self.geometry.num_blocks - self.words[ALLOCATED]
+        if victim and victim != old and must_evict and length >= num_blocks and self.evict((victim,)):
+            return start  # as the plan would have it
+        need_slot = need_slot and self.is_full(old)
+        while True:
+            plan = self._plan_room(num_blocks, need_slot, old)
+            if plan is None and self.reclaim():
+                plan = self._plan_room(num_blocks, need_slot, old)
+            if plan is None:
+                self._finish()
+                return None
+            victims, moves = plan
+            if old in victims:  # a look-up without the lock would find neither value until the new one is there
+                self._unfinished = 1
+            # A view that begins just now, without the lock, makes either of these fail: plan anew.
+            if self.evict(victims) and all(self.move(slot, target) for slot, target in moves):
+                return self.blocks.find_locked(num_blocks)
+            need_slot = self.is_full(old)
+
+    def _plan_room(self, num_blocks: int, need_slot: bool, old: int) -> Plan | None:
+        in_use, _ = self.fixed(self.table.used())  # takes far less than the whole layout
+        if widest_section(in_use, self.geometry.num_blocks) < num_blocks:
+            return None
+        movable, fixed = self.layout()
+        sections = cut_sections(movable, fixed, self.geometry.num_blocks)
+        return plan_room(sections, num_blocks, self.candidates(old), need_slot)
+
+    def candidates(self, last: int = 0) -> Iterator[int]:
+        """Slots that may be evicted, next victim first; the slot `last` comes last."""
+        is_pinned = self.pins.is_pinned
+        for slot in self.order.victims_locked():
+            if slot != last and not is_pinned(slot):
+                yield slot
+        if last and not is_pinned(last):
+            yield last
+
+    def layout(self) -> tuple[list[Extent], list[Extent]]:
+        """The extents that can be moved and evicted, by first block; and those in use. One pass, 0.5 us a slot."""
+        among = self.table.used()
+        pinned = self.pins.pinned(among)
+        movable: list[Extent] = []
+        fixed: list[Extent] = []
+        for slot, state, start, num_blocks in self.table.extents(among):
+            if state == COMPLETE and slot not in pinned:
+                movable.append((start, num_blocks, slot))
+            elif state:
+                fixed.append((start, num_blocks, slot))
+        return sorted(movable), sorted(fixed)
+
+    def fixed(self, among: range) -> tuple[list[Extent], bool]:
+        """Return (the extents in use of some slots; whether any of them could be evicted)."""
+        table = self.table
+        pinned = [slot for slot in self.pins.pinned(among) if table.state(slot) == COMPLETE]
+        busy = table.slots(WRITING, CONDEMNED, among=among)
+        return [(*table.extent(slot), slot) for slot in pinned + busy], table.count(COMPLETE, among) > len(pinned)
+
+    def move(self, slot: int, target: int) -> bool:
+        """Move an entry's blocks; False if it is pinned. Its record points to the old place until all is copied.
+
+        Where old and new place overlap (a slide to the left), pieces no longer than the distance are copied, each noted
+        in the journal: whatever was overwritten had been copied before, so a crash can be picked up at the noted piece.
+        """
+        words = self.words
+        start, num_blocks = self.table.extent(slot)
+        words[DIRTY] = 1
+        is_free = self._begin_change(slot)
+        if is_free:
+            words[MOVE_FROM], words[MOVE_TO], words[MOVE_DONE] = start, target, 0
+            words[MOVE_SLOT] = slot
+            self._finish_move()
+            self.table.complete(slot)
+            self.blocks.free_locked(start, num_blocks)
+            self.blocks.take_locked(target, num_blocks)
+        words[DIRTY] = self._unfinished
+        return is_free
+
+    def _finish_move(self) -> None:
+        """Do what the move journal says, from the piece where it stands."""
+        words, table, data, size = self.words, self.table, self._data_offset, self._block_size
+        slot, start, target = words[MOVE_SLOT], words[MOVE_FROM], words[MOVE_TO]
+        if 0 < slot <= table.num_slots and table.extent(slot)[0] == start:
+            num_blocks = table.blocks_of(slot)
+            if not 0 <= target <= self.geometry.num_blocks - num_blocks:
+                raise CorruptionError("the pool has a damaged journal: delete it")
+            piece = start - target if 0 < start - target < num_blocks else num_blocks
+            while (done := words[MOVE_DONE]) < num_blocks:
+                count = min(piece, num_blocks - done)
+                self.memory.move(data + (target + done) * size, data + (start + done) * size, count * size)
+                words[MOVE_DONE] = done + count
+            table.set_start(slot, target)
+        words[MOVE_SLOT] = 0
+
+    def defragment(self, slots: Sequence[int], begin: int) -> tuple[int, int]:
+        """(how many of these slots, from number `begin` on, were moved to the left; the number of the next one)."""
+        moved, budget = 0, STEP_BYTES // self.geometry.block_size
+        self.reclaim_dead()
+        for number in range(begin, min(begin + ENTRIES_A_STEP, len(slots))):
+            slot = slots[number]
+            if self.table.state(slot) == COMPLETE and not self.pins.is_pinned(slot):
+                start, num_blocks = self.table.extent(slot)
+                gap = self.blocks.free_before_locked(start)
+                if gap:
+                    if moved and (num_blocks > budget or moved == MOVES_A_STEP):
+                        return moved, number
+                    self.move(slot, start - gap)
+                    budget -= num_blocks
+                    moved += 1
+        return moved, min(begin + ENTRIES_A_STEP, len(slots))
+
+    # --- storing -----------------------------------------------------------------------------------------------------
+
+    def put(self, key: bytes, data: Any, size: int, meta: EntryMeta) -> bool:
+        """Store a value at once; False if there is no room, and then nothing has changed."""
+        num_blocks = self.geometry.blocks_for(size)
+        room = self._find_room(key, num_blocks)
+        if room is None:
+            return False
+        start, old = room
+        table, words = self.table, self.words
+        at = self._data_offset + start * self._block_size
+        _map_pages(self.memory, at, size)
+        self.memory[at : at + size] = data  # into free blocks: dying here leaves nothing to put in order
+        words[DIRTY] = 1
+        self.blocks.take_locked(start, num_blocks)
+        # Swapping in the blocks spares half of what a new record, and dropping the old one, would cost.
+        if old and table.is_same(old, size, table.tell(key, meta)) and self._begin_change(old):
+            self._swap(old, start, num_blocks)
+        else:
+            slot = table.claim(key, size, start, num_blocks, self.pins.session, meta)
+            self._enter(slot, old, self._uses_of(key, old), meta.priority)
+        self._finish()
+        return True
+
+    def reserve(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
+        """Return (offset, size) of a place for a value that `token` writes; None if it can't be stored.
+
+        Then nothing has changed.
+        """
+        num_blocks = self.geometry.blocks_for(size)
+        room = self._find_room(key, num_blocks)
+        if room is None:
+            return None
+        table, words = self.table, self.words
+        self.pins.writing.add(token)
+        words[DIRTY] = 1
+        self.blocks.take_locked(room[0], num_blocks)
+        slot = table.claim(key, size, room[0], num_blocks, self.pins.session, meta)
+        table.set_state(slot, WRITING)
+        words[NUM_BUSY] = words[NUM_BUSY] + 1
+        self.pins.held[token] = slot
+        self._finish()
+        return table.place(slot)
+
+    def _finish(self) -> None:
+        """End a change, and the larger one that it was a part of."""
+        self._unfinished = 0
+        self.words[DIRTY] = 0
+
+    def commit(self, token: int, saved: Saved | None, keep_pinned: bool, checksum: int) -> None:
+        """Make a reserved value an entry, in place of what is there under its key.
+
+        `saved`: what a snapshot says of it. `keep_pinned`: the token goes on as a pin.
+        """
+        table, words, pins = self.table, self.words, self.pins
+        slot = pins.held[token]
+        key = table.key(slot)
+        old = table.find(key)
+        if not old and words[NUM_ENTRIES] >= self.geometry.max_entries:  # others filled up while we were copying
+            victim = next(self.candidates(), 0)
+            self.evict([victim] if victim else [])
+        words[DIRTY] = 1
+        if old and saved is None and table.is_same(old, *table.told_by(slot)) and self._begin_change(old):
+            table.set_state(slot, FREE)  # first: two records must not have the same blocks
+            self._swap(old, *table.extent(slot))
+            table.release(slot)
+            slot = old
+        else:
+            if saved is not None:
+                table.set_times(slot, saved.created, saved.accessed)
+            count = self._uses_of(key, old) if saved is None else saved.access_count
+            self._enter(slot, old, count, table.priority(slot))
+        words[NUM_BUSY] = words[NUM_BUSY] - 1
+        pins.writing.discard(token)
+        del pins.held[token]
+        words[DIRTY] = self._unfinished
+        table.set_checksum(slot, saved.checksum if saved is not None else checksum)
+        if keep_pinned:
+            pins.hold(slot, token)
+
+    def _uses_of(self, key: bytes, old: int) -> int:
+        """Return the use count that a value begins with: that of the one it replaces, or of its ghost."""
+        return self.order.numbers_locked(old)[1] if old else self.order.recall_locked(key)
+
+    def _enter(self, slot: int, old: int, count: int, priority: int) -> None:
+        """Make a record that has been filled in an entry, in place of `old`."""
+        table, order, words = self.table, self.order, self.words
+        order.stamp_locked(slot, count, priority)
+        table.complete(slot)
+        if old:
+            self._drop(old)
+        table.link(slot)
+        order.link_locked(slot)
+        words[NUM_ENTRIES] = words[NUM_ENTRIES] + 1
+        words[PUTS] = words[PUTS] + 1
+
+    def _swap(self, slot: int, start: int, num_blocks: int) -> None:
+        """Give an entry that `_begin_change` has sealed off a new value, in blocks that are taken already."""
+        table, words = self.table, self.words
+        extent = table.extent(slot)
+        table.swap(slot, start, num_blocks)
+        table.complete(slot)
+        self.blocks.free_locked(*extent)
+        self.order.replace_locked(slot)
+        words[PUTS] = words[PUTS] + 1
+
+    def _begin_change(self, slot: int) -> bool:
+        """Keep readers without the lock from an entry whose value is about to change in place, or move.
+
+        False, and nothing is changed, if one has it pinned just now; others pin under the lock. A reader pins first and
+        then looks at the seal. So whoever changes the seal first and then looks at the pins sees the pin, or is seen.
+        `EntryTable.complete` must follow.
+        """
+        self.table.seal_off(slot)
+        _new_lock().acquire()
+        if self.pins.is_named(slot):
+            self.table.unseal(slot)
+            return False
+        return True
+
+    # --- removing ----------------------------------------------------------------------------------------------------
+
+    def _drop(self, slot: int) -> bool:
+        """Take an entry out of the pool; its blocks follow when nobody reads them any more: False."""
+        table, words = self.table, self.words
+        # A reader pins without the lock, and then looks at the seal; it unpins, and then looks for CONDEMNED. So change
+        # that first and look at the pins second.
+        table.set_state(slot, CONDEMNED)
+        _new_lock().acquire()
+        pinned = self.pins.is_pinned(slot)
+        if not pinned:
+            table.set_state(slot, FREE)
+        table.unlink(slot)
+        self.order.unlink_locked(slot)
+        words[NUM_ENTRIES] = words[NUM_ENTRIES] - 1
+        if pinned:
+            words[NUM_BUSY] = words[NUM_BUSY] + 1
+        else:
+            self.blocks.free_locked(*table.extent(slot))
+            table.release(slot)
+        return not pinned
+
+    def evict(self, slots: Iterable[int]) -> bool:
+        """Evict entries; return True if all their blocks are free, which no view that begins just now prevents."""
+        words, all_free = self.words, True
+        for slot in slots:
+            words[DIRTY] = 1
+            if self.order.is_adaptive:
+                self.order.remember_locked(slot, self.table.key(slot))
+            all_free = self._drop(slot) and all_free
+            words[EVICTIONS] = words[EVICTIONS] + 1
+            words[DIRTY] = self._unfinished
+        return all_free
+
+    def evict_some(self, wanted: int) -> int:
+        """Evict so many entries in policy order, as far as they are not pinned; returns how many."""
+        victims = list(itertools.islice(self.candidates(), wanted))
+        if len(victims) < wanted and self.reclaim_dead():
+            victims = list(itertools.islice(self.candidates(), wanted))
+        self.evict(victims)
+        return len(victims)
+
+    def delete(self, key: bytes) -> bool:
+        """Remove an entry; False if there is none."""
+        slot = self.table.find(key)
+        if slot:
+            self.remove(slot)
+        return bool(slot)
+
+    def remove(self, slot: int) -> None:
+        """Remove the entry in a slot."""
+        self.words[DIRTY] = 1
+        self._drop(slot)
+        self.words[DIRTY] = self._unfinished
+
+    # --- settling what was cut off -----------------------------------------------------------------------------------
+
+    def settle_own(self, tokens: Collection[int]) -> None:
+        """Hold nothing by these tokens, whose calls were cut off, and let our pins and writes agree with the rest.
+
+        That takes a pass over all records, 0.03 us a slot, only where a slot is not known: after an interrupt inside a
+        call, and not after an error in a block that reads or writes a value.
+        """
+        pins = self.pins
+        slots = pins.forget(tokens)
+        held: dict[int, tuple[Container[int], Container[int]]] = {pins.session: (pins.counts, pins.written())}
+        for among in (self.table.used(),) if 0 in slots else (range(slot, slot + 1) for slot in slots):
+            self.settle(held, among)
+
+    def settle(self, held: Mapping[int, tuple[Container[int], Container[int]]], among: range | None = None) -> None:
+        """Let sessions pin and write just what they hold: session -> (slots that it pins, slots that it writes).
+
+        Of all slots, or only of some. What nobody pins or writes any more is freed.
+        """
+        table = self.table
+        for session, (pinned, _) in held.items():
+            self.pins.release_all(session, table.used() if among is None else among, pinned)
+        stale = []
+        are_busy = self.words[NUM_BUSY] or self.words[DIRTY]
+        for slot in table.slots(WRITING, CONDEMNED, among=among) if are_busy else ():
+            if table.state(slot) == WRITING:
+                owner = table.owner(slot)
+                if owner in held and slot not in held[owner][1]:
+                    stale.append(slot)
+            elif not self.pins.is_pinned(slot):
+                stale.append(slot)
+        self._free(stale)
+
+    def _free(self, slots: Iterable[int]) -> None:
+        """Free what WRITING or CONDEMNED records hold; if DIRTY is set, the rebuild does the rest."""
+        rebuild_follows = self.words[DIRTY]
+        self.words[DIRTY] = 1
+        for slot in slots:
+            self.table.set_state(slot, FREE)
+            if not rebuild_follows:
+                self.blocks.free_locked(*self.table.extent(slot))
+                self.table.release(slot)
+                self.words[NUM_BUSY] -= 1
+        self.words[DIRTY] = self._unfinished
+
+    def reclaim(self, only_signs: bool = False) -> bool:
+        """Free every record that no live session pins or writes; return True if there was any.
+
+        About 1 us a session; where values are on their way in, or deleted ones are not freed yet, a pass over all
+        records of 0.03 us each. `only_signs`: that pass only where a reader or a dead session has left a sign.
+        """
+        found = self.reclaim_dead()
+        if self.words[UNREAD] or (not only_signs and self.others_write()):
+            self.words[UNREAD] = 0
+            _new_lock().acquire()
+            busy = self.words[NUM_BUSY]
+            self.settle({})
+            found = found or self.words[NUM_BUSY] < busy
+        return found
+
+    def dead_sessions(self) -> dict[int, int]:
+        """Return session -> pid of those whose process has died."""
+        return {number: pid for number, pid in self.pins.sessions().items() if not self.is_alive(number)}
+
+    def settle_dead(self, dead: Iterable[int], among: range | None = None, is_last: bool = True) -> None:
+        """Free what dead sessions hold of some slots, or of all; `is_last`: their numbers are free then."""
+        for session in dead:
+            self.pins.end_name(session)
+        self.settle(dict.fromkeys(dead, ((), ())), among)
+        for session in dead if is_last else ():
+            self.leave(session)
+
+    def settle_dead_again(self, dead: Mapping[int, int], among: range, is_last: bool = False) -> None:
+        """Do one step of `settle_dead` for those of these that are still there: others may do the same."""
+        left = [session for session, pid in self.dead_sessions().items() if dead.get(session) == pid]
+        self.settle_dead(left, among, is_last)
+
+    def reclaim_dead(self) -> bool:
+        """Free what sessions hold whose process has died; return True if there was such a session."""
+        dead = self.dead_sessions()
+        if dead:
+            self.settle_dead(dead)
+        return bool(dead)
+
+    def leave(self, session: int) -> None:
+        """Take a session that holds nothing out of the table."""
+        self.uses.leave(session)
+        self.pins.leave(session)
+
+    # --- repairing and checking --------------------------------------------------------------------------------------
+
+    def begin_anew(self) -> None:
+        """Forget what an error of ours has cut off; what is DIRTY, by us or by a process that has died, stays so."""
+        self._unfinished = 1 if self.words[DIRTY] else 0
+
+    def repair(self) -> None:
+        """Rebuild, after a process has died or an error has come in the middle of a change."""
+        self.reclaim_dead()
+        self.rebuild()
+
+    def rebuild(self) -> list[str]:
+        """Make everything derived anew from the records; returns what was wrong with records themselves."""
+        table = self.table
+        self.words[DIRTY] = self._unfinished = 1
+        self._finish_move()
+        self.settle({})
+        problems, entries, others = self._sound_records()
+        replaced = set(table.slots(COMPLETE)).difference(entries)
+        if replaced:  # readers without the lock may just pin them: mark them first, as in `_drop`
+            for slot in replaced:
+                table.set_state(slot, CONDEMNED)
+            _new_lock().acquire()
+            self.settle({})
+            _, entries, others = self._sound_records()
+        kept = {*entries, *others}
+        for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
+            if slot not in kept:
+                table.set_state(slot, FREE)
+        for slot in entries:  # before any block is free: readers without the lock must notice
+            table.complete(slot)
+        table.rebuild(sorted(entries, key=lambda slot: self.order.numbers_locked(slot)[0]), others)
+        self.blocks.rebuild_locked(table.extent(slot) for slot in kept)
+        self.order.rebuild_locked(entries)
+        self._finish()
+        return problems
+
+    def _sound_records(self) -> tuple[list[str], list[int], list[int]]:
+        """(problems, slots of entries, slots of WRITING and CONDEMNED records); who owns them is not asked here."""
+        table = self.table
+        problems, entries, others = [], [], []
+        newest: dict[bytes, int] = {}
+        for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
+            problem = table.damage(slot)
+            if problem:
+                problems.append(problem)
+            elif table.state(slot) == COMPLETE:
+                key = table.key(slot)
+                twin = newest.setdefault(key, slot)
+                if twin != slot:
+                    older, newer = sorted((twin, slot), key=lambda s: self.order.numbers_locked(s)[0])
+                    problems.append(f"slots {older} and {newer} both hold the key {key.decode()!r}")
+                    newest[key] = newer
+                    if self.pins.is_pinned(older):
+                        others.append(older)
+            else:
+                others.append(slot)
+        entries = sorted(newest.values())
+        end, last = 0, 0
+        for start, num_blocks, slot in sorted((*table.extent(slot), slot) for slot in (*entries, *others)):
+            if start < end:
+                problems.append(f"slots {last} and {slot} both claim block {start}")
+                (entries if slot in entries else others).remove(slot)
+                continue
+            end, last = start + num_blocks, slot
+        return problems, entries, others
+
+    def check(self, fix: bool) -> list[str]:
+        """Return the problems found when comparing everything derived with the records; see `KVCachePool.check`."""
+        self.reclaim()
+        self.settle({})
+        table = self.table
+        problems, entries, others = self._sound_records()
+        problems += table.check(entries, sorted(others))
+        problems += self.order.check_locked(entries)
+        expected = BitmapAllocator(self.geometry.num_blocks)
+        expected.rebuild_locked(table.extent(slot) for slot in (*entries, *others))
+        if expected.to_bytes() != self.blocks.to_bytes():
+            problems.append("the bitmap and the records disagree on which blocks are in use")
+        if expected.get_usage() != self.blocks.get_usage():
+            problems.append(
+                f"the header counts {self.words[ALLOCATED]} blocks in use, there are {expected.get_usage()[0]}"
+            )
+        if not self.blocks.hints_are_true():
+            problems.append("the free-block hint is past the first free block or run")
+        if self.words[MOVE_SLOT]:
+            problems.append(f"a move of slot {self.words[MOVE_SLOT]} is under way, outside of any change")
+        if fix and problems:
+            self.rebuild()
+        return problems
+
+    # --- the policy --------------------------------------------------------------------------------------------------
+
+    def set_policy(self, policy: EvictionPolicy, packed_weights: int, ghosts: memoryview | None) -> None:
+        """Go by another policy, and let all handles follow."""
+        self.order.configure_locked(packed_weights)
+        if policy is not self.order.policy:
+            self.words[DIRTY] = self._unfinished = 1
+            self.order.forget_ends_locked(self.table.slots(COMPLETE))
+            self.words[POLICY] = 1 + list(EvictionPolicy).index(policy)
+            self.order.use_policy_locked(policy, ghosts)
+            self.rebuild()
+
+    def configure_adaptive(self, packed_weights: int) -> EvictionPolicy:
+        """Let adaptive go by these weights, if that is the policy, which is returned."""
+        if self.order.is_adaptive:
+            self.order.configure_locked(packed_weights)
+        return self.order.policy
+
+    def waste_now(self) -> Callable[[int, int, int, int], float] | None:
+        """Return `waste` for `in_victim_order`."""
+        return self.order.waste_now_locked() if self.order.is_adaptive else None
+
+    # --- describing --------------------------------------------------------------------------------------------------
+
+    def copy(self, slot: int) -> bytes:
+        """Return what the segment says of an entry, for `read_copy`.
+
+        Making thousands of objects under the lock would start garbage collections there, and others would wait.
+        """
+        return self.order.copy_locked(slot) + slot.to_bytes(4, "little") + self.table.copy(slot)
+
+    def describe(self, key: bytes) -> bytes:
+        """Return a copy of an entry, b"" if there is none."""
+        slot = self.table.find(key)
+        return self.copy(slot) if slot else b""
+
+    def describe_held(self, token: int) -> bytes:
+        """Return a copy of what a token holds."""
+        return self.copy(self.pins.held[token])
+
+    def describe_prefix(self, prefix: bytes) -> list[bytes] | None:
+        """Return copies of the entries with a prefix hash, oldest first; None if that takes long, or it is empty."""
+        slots = self.table.find_prefix(prefix, ENTRIES_A_STEP)
+        return None if slots is None else list(map(self.copy, slots))
+
+    def sweep(self, chain: int, work: Callable[[Index, int], _R]) -> tuple[list[_R], int]:
+        """Return (what `work` returns for the entries of some key chains from `chain` on, the next chain)."""
+        slots, chain = self.table.chains(chain, ENTRIES_A_STEP)
+        return [work(self, slot) for slot in slots], chain
+
+    def copy_small(self, copies: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+        """Return (copies of entries as they are now, copies of values), as many as make up a MiB.
+
+        b"" twice for an entry that has gone. It ends with a large value: the entry, without a copy of the value.
+        """
+        table, memory, unpack = self.table, self.memory, COPY_SIZES.unpack_from
+        data, block_size = self._data_offset, self._block_size
+        now: list[bytes] = []
+        values: list[bytes] = []
+        room = COPY_CHUNK
+        for noted in copies:
+            copy = noted
+            slot, size, start, _, _, _ = unpack(copy)
+            if table.copy(slot) != copy[COPY_RECORD_AT:]:  # used, replaced or gone since it was noted
+                copy = self.describe(copied_key(copy).encode())
+                if not copy:
+                    now.append(b"")
+                    values.append(b"")
+                    continue
+                _, size, start, _, _, _ = unpack(copy)
+            room -= size
+            if size > COPY_UNDER_LOCK:
+                now.append(copy)
+                break
+            if room < 0:
+                break
+            now.append(copy)
+            offset = data + start * block_size
+            values.append(memory[offset : offset + size])
+        return now, values
+
+    def needs_slot(self) -> bool:
+        """Return True if a new entry needs the place of another one, once what dead processes left is freed."""
+        self.reclaim()
+        return self.is_full()
+
+    def count_pinned(self, among: range) -> int:
+        """Return how many entries in some slots are pinned."""
+        return sum(self.table.state(slot) == COMPLETE for slot in self.pins.pinned(among))
+
+    def count(self) -> int:
+        """Return the number of entries."""
+        return int(self.words[NUM_ENTRIES])
+
+    def num_used(self) -> int:
+        """Return how many slots were ever used."""
+        return len(self.table.used())
+
+    def forget_waiter(self) -> None:
+        """Wait no more for a process that was killed while it waited for the lock."""
+        self.words[WAITED_FOR] = 0
+
+    def stats(self) -> dict[str, Any]:
+        """Return what `KVCachePool.get_stats` says of blocks, entries and accesses; frees what dead processes left."""
+        self.reclaim()
+        words = self.words
+        allocated, total = self.blocks.get_usage()
+        hits, misses = words[HITS], self.uses.misses()
+        largest, free = self.blocks.largest_free_run(), total - allocated
+        return {
+            "total_blocks": total,
+            "allocated_blocks": allocated,
+            "free_blocks": free,
+            "utilization_percent": 100 * allocated / total,
+            "entry_count": words[NUM_ENTRIES],
+            "adaptive_weights": self.order.weights_locked() if self.order.is_adaptive else None,
+            "hits": hits,
+            "misses": misses,
+            "hit_rate": hits / (hits + misses) if hits + misses else 0.0,
+            "puts": words[PUTS],
+            "evictions": words[EVICTIONS],
+            "largest_free_run": largest,
+            "fragmentation": 1 - largest / free if free else 0.0,
+            "attached_pids": sorted(set(self.pins.sessions().values())),
+        }
+
+
 # ======================================================================================================================
 # Snapshot
 # ======================================================================================================================
@@ -3008,30 +3974,6 @@ def header_room(texts: bytes) -> int:
     """Return how many bytes are enough for what the header says of an entry, from its key and all its texts."""
     # The key is there three times, and twice in JSON within JSON.
     return 300 + (32 if _ESCAPED.search(texts) else 4) * len(texts)
-
-
-def read_copy(copy: bytes) -> tuple[str, str, str, int, int, float, float, int, int, int, int]:
-    """Return what a copied entry says.
-
-    (key, prefix hash, tensor description, first block, size, created, accessed, uses, priority, sequence length,
-    layer).
-    """
-    (
-        _, _, size, start, _, _, _, _, _, _, _, created, accessed, tokens, layer, _, _, _, _,
-        key_bytes, prefix_bytes, tensor_bytes, _, _,
-    ) = RECORD.unpack_from(copy, COPY_RECORD_AT)  # fmt: skip
-    _, _, count, priority, _, _ = COPY_ORDER.unpack_from(copy)
-    at = COPY_RECORD_AT + RECORD.size
-    key, at = copy[at : at + key_bytes].decode(), at + key_bytes
-    prefix, at = copy[at : at + prefix_bytes].decode(), at + prefix_bytes
-    tensor = copy[at : at + tensor_bytes].decode()
-    return key, prefix, tensor, start, size, created, accessed, count, priority, tokens, layer
-
-
-def copied_key(copy: bytes) -> str:
-    """Return the key of a copied entry."""
-    at = COPY_RECORD_AT + RECORD.size
-    return copy[at : at + COPY_SIZES.unpack_from(copy)[3]].decode()
 
 
 class SnapshotReader(Protocol):
@@ -3393,15 +4335,15 @@ def snapshot_meta(entry: CacheEntry) -> EntryMeta:
 # Pool
 # ======================================================================================================================
 
-_open_pools: weakref.WeakSet[KVCachePool] = weakref.WeakSet()
+_open_pools: weakref.WeakSet[_Handle] = weakref.WeakSet()
 # Handles that are closed or garbage, while something made from one of their views lives: they keep their session.
-_lent_out: set[KVCachePool] = set()
+_lent_out: set[_Handle] = set()
 # The weak references to all views of each handle, by id of their mapping: a collection that finds a handle in a cycle
 # clears the references that only the cycle holds, and the handle would not know of its views.
 _all_view_refs: dict[int, dict[int, _ViewRef]] = {}
 
 
-def _known_pools() -> list[KVCachePool]:
+def _known_pools() -> list[_Handle]:
     """Return all handles that have not ended."""
     while True:
         try:
@@ -3582,74 +4524,7 @@ def _wait_for_lock(fd: int, words: memoryview) -> None:
     words[WAITED_FOR] = 0
 
 
-def _lock_for(
-    method: Callable[Concatenate[KVCachePool, _P], _R], after_close: bool
-) -> Callable[Concatenate[KVCachePool, _P], _R]:
-    """Run a method under the pool's lock, after putting in order what others, or an interrupt, left behind.
-
-    A KeyboardInterrupt may arrive after any call. `with` on an RLock (C code) and `flock` inside the try block leave no
-    gap in which a lock could stay held: unlocking what is not locked does no harm. A wrapper of our own around both,
-    used with `with`, would have one, at the first instruction of its `__exit__`.
-    """
-    flock, try_lock, unlock = fcntl.flock, fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN
-
-    @functools.wraps(method)
-    def locked(self: KVCachePool, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not _own_process[0]:
-            _adopt_pools()
-        with self._mutex:
-            if self._is_locked:
-                raise CacheError(
-                    f"pool {self.name!r} was called by a signal handler that interrupted a call to it: try later"
-                )
-            fd = -1
-            try:
-                self._is_locked = True  # to the very end: a handler that came in would unlock for us
-                segment = self._segment
-                if segment is None or (self._closing and not after_close):
-                    raise PoolClosedError.of(self.name, self._lost)
-                fd = segment.fd
-                try:
-                    flock(fd, try_lock)
-                except BlockingIOError:
-                    _wait_for_lock(fd, segment.words)
-                words = self._words
-                if self._untidy or self._gone_views or words[DIRTY] or words[POLICY] != self._policy:
-                    self._recover_locked()
-                if words[USED]:
-                    self._count_uses_locked()
-                return method(self, *args, **kwargs) if kwargs else method(self, *args)  # type: ignore[call-arg]
-            except CacheError:
-                raise
-            except (IndexError, ValueError, OverflowError) as error:  # somebody else has written into the index
-                self._untidy.append(0)
-                self._words[DIRTY] = 1
-                raise CorruptionError(
-                    f"the index of pool {self.name!r} is damaged; the next call rebuilds it from the records: try again"
-                ) from error
-            except BaseException:
-                self._untidy.append(0)
-                raise
-            finally:
-                try:
-                    if fd >= 0:
-                        flock(fd, unlock)
-                finally:
-                    self._is_locked = False
-
-    return cast("Callable[Concatenate[KVCachePool, _P], _R]", locked)
-
-
-def _locked(method: Callable[Concatenate[KVCachePool, _P], _R]) -> Callable[Concatenate[KVCachePool, _P], _R]:
-    """Run a method under the pool's lock; PoolClosedError once the pool is closed."""
-    return _lock_for(method, after_close=False)
-
-
-def _locked_after_close(
-    method: Callable[Concatenate[KVCachePool, _P], _R],
-) -> Callable[Concatenate[KVCachePool, _P], _R]:
-    """Run a method under the pool's lock, also for views and writes that outlive `close`: it ends something."""
-    return _lock_for(method, after_close=True)
+_flock, _TRY_LOCK = fcntl.flock, fcntl.LOCK_EX | fcntl.LOCK_NB
 
 
 class _ClosedMemory:
@@ -3673,23 +4548,7 @@ class _ViewRef(weakref.ref):  # type: ignore[type-arg]
 
     __slots__ = ("pool", "token")
     token: int
-    pool: KVCachePool  # set once the handle is closed or garbage
-
-
-def _reader_gone(pool_ref: weakref.ref[KVCachePool], ref: weakref.ref[memoryview]) -> None:
-    """Clear our word of the session table when the last user of that view has gone; the next call does the rest.
-
-    An interrupt in here is lost, as in any callback of a weak reference; that is why the reference of `_lend`, whose
-    callback is C code, is another one. It is called after this one, and until then nobody else changes the word.
-    """
-    pool = pool_ref()
-    if pool is not None and pool._reader_ref is ref and pool._segment is not None and _own_process[0]:
-        with contextlib.suppress(ValueError, PoolClosedError):  # another thread has just ended the session
-            table = pool._table
-            table.read(0)
-            _new_lock().acquire()  # as in `_release_pin`
-            if table.halves[table.record(pool._holds.get(pool._reader, 0))] == CONDEMNED:
-                pool._words[UNREAD] = 1
+    pool: _Handle  # set once the handle is closed or garbage
 
 
 def _try_lock(lock: Any) -> Any:
@@ -3701,26 +4560,477 @@ def _try_lock(lock: Any) -> Any:
     return type("TryLock", (), {"__enter__": acquire, "__exit__": staticmethod(lock.__exit__)})()
 
 
-def _array_gone(pool_ref: weakref.ref[KVCachePool], token: int, _: weakref.ref[memoryview]) -> None:
-    """Unpin what an array showed that outlived its view, if the lock is free just now; else the next call does it.
+def _array_gone(pool_ref: weakref.ref[_Handle], token: int, _: weakref.ref[memoryview]) -> None:
+    """Unpin what an array showed that outlived its view: by our word at once, by a bit if the lock is free just now.
 
-    It may run inside any other code, so it must not wait.
+    It may run inside any other code, so it must not wait; the next call does the rest. An interrupt in here is lost, as
+    in any callback of a weak reference; that is why the reference of `_lend`, whose callback is C code, is another one.
+    It is called after this one.
     """
     pool = pool_ref()
-    if pool is not None and pool._segment is not None and not pool._closing and _own_process[0]:
-        pool._array_refs.pop(token, None)
-        pool._untidy.append(token)
-        with contextlib.suppress(CacheError, RuntimeError), _try_lock(pool._mutex) as taken:
-            if taken and not pool._is_locked and pool._segment is not None and pool._segment.can_be_locked(0):
-                pool._join()
+    if pool is None or pool._segment is None or pool._closing or not _own_process[0]:
+        return
+    pool._array_refs.pop(token, None)
+    if token == pool._pins.named:
+        with contextlib.suppress(ValueError, PoolClosedError):  # another thread has just ended the session
+            pool._pins.name(0)
+            _new_lock().acquire()  # as in `_release_pin`
+            if pool._table.state(pool._held.get(token, 0)) == CONDEMNED:
+                pool._words[UNREAD] = 1
+        return
+    pool._due.append(token)
+    with contextlib.suppress(CacheError, RuntimeError), _try_lock(pool._mutex) as taken:
+        if taken and not pool._is_locked and pool._segment is not None and pool._segment.can_be_locked(0):
+            pool._join()
 
 
 def _view_gone_after_close(ref: _ViewRef) -> None:
     """End the session of a closed handle when its last view has gone; without locks, as for a process that has died."""
     pool = ref.pool
-    pool._gone_views.append(ref)
+    pool._due.append(ref)
     if not pool._is_locked and pool._is_unused():
         pool._end_unlocked()
+
+
+class _Handle:
+    """A pool as one process has it open: its session, its lock, its end, and the memory that it lends to views.
+
+    What it holds is in `_index.pins`, by token. Only `_locked` takes the pool's lock, for a method of `Index`. What
+    an interrupt, an error or the end of an array leaves to be settled waits in `_due` for the next call that locks.
+    After a fork the child's handles are sessions of their own, which hold nothing.
+    """
+
+    _lost = "is closed"  # or how it came to be
+
+    def _start(self, segment: Segment) -> None:
+        self._segment: Segment | None = segment  # None once closed
+        self._mapped = segment
+        self._config = segment.header.config
+        self.name = self._config.name
+        self.store_path = segment.header.store_path
+        self._geometry = geometry = segment.header.geometry
+        self._path = segment.path
+        self._identity = segment.header.identity
+        self._mutex = threading.RLock()
+        self._use_numbers = itertools.count()
+        self._tokens = itertools.count(1, 1 << 32)  # a path uses the numbers from its token on
+        self._is_locked = False
+        self._closing = False
+        self._view_refs: dict[int, _ViewRef] = {}
+        _all_view_refs[id(self._view_refs)] = self._view_refs
+        self._array_refs: dict[int, weakref.ref[memoryview]] = {}  # to what arrays show that outlive their views
+        self._pins_by_key: dict[bytes, list[int]] = {}
+        # Tokens whose calls an error or interrupt has cut off, and references to views whose last user has gone; 0:
+        # whatever else the next lock must put in order. An except block appends to it before all else: no second
+        # interrupt gets in before that call of C code is over.
+        self._due: deque[int | _ViewRef] = deque([0])  # becomes a session at the first lock
+        self._memory, self._words = segment.memory, segment.words
+        self._policy = 0  # what the header word POLICY said last
+        self._is_lock_free = LOADS_IN_ORDER and not geometry.num_recorded  # a recorded access needs the lock
+        policy = EvictionPolicy(self._config.eviction_policy)
+        ghosts = segment.map_ghosts() if policy is EvictionPolicy.ADAPTIVE else None
+        self._index = Index(segment, geometry, policy, ghosts, segment.is_alive)
+        self._table, self._pins, self._uses = self._index.table, self._index.pins, self._index.uses
+        self._held = self._pins.held  # token -> slot; it outlives the memory
+        self._own_names = {*self.__dict__, "_own_names", "_lost"}
+        _open_pools.add(self)
+        segment.is_owned = True
+        try:
+            self._join()
+            self._settle_dead()
+        except BaseException:
+            self._shut(wait=True)
+            raise
+
+    # --- the lock ----------------------------------------------------------------------------------------------------
+
+    def _locked(
+        self, work: Callable[[Index, Unpack[_Args]], _R], *args: Unpack[_Args], after_close: bool = False
+    ) -> _R:
+        """Run a method of `Index` under the pool's lock, once what others, or an interrupt, left behind is in order.
+
+        PoolClosedError if the pool is closed, but `after_close` for what ends something.
+
+        A KeyboardInterrupt may arrive after any call. `with` on an RLock (C code) and `flock` inside the try block
+        leave no gap in which a lock could stay held: unlocking what is not locked does no harm. A wrapper of our own
+        around both, used with `with`, would have one, at the first instruction of its `__exit__`.
+        """
+        if not _own_process[0]:
+            _adopt_pools()
+        with self._mutex:
+            if self._is_locked:
+                raise CacheError(
+                    f"pool {self.name!r} was called by a signal handler that interrupted a call to it: try later"
+                )
+            fd = -1
+            try:
+                self._is_locked = True  # to the very end: a handler that came in would unlock for us
+                segment = self._segment
+                if segment is None or (self._closing and not after_close):
+                    raise PoolClosedError.of(self.name, self._lost)
+                fd, words = segment.fd, self._words
+                try:
+                    _flock(fd, _TRY_LOCK)
+                except BlockingIOError:
+                    _wait_for_lock(fd, segment.words)
+                if self._due or words[DIRTY] or words[POLICY] != self._policy:
+                    self._put_in_order(segment)
+                if words[USED]:
+                    self._index.catch_up()
+                return work(self._index, *args)
+            except CacheError:
+                raise
+            except (IndexError, ValueError, OverflowError) as error:  # somebody else has written into the index
+                self._due.append(0)
+                self._words[DIRTY] = 1
+                raise CorruptionError(
+                    f"the index of pool {self.name!r} is damaged; the next call rebuilds it from the records: try again"
+                ) from error
+            except BaseException:
+                self._due.append(0)
+                raise
+            finally:
+                try:
+                    if fd >= 0:
+                        _flock(fd, fcntl.LOCK_UN)
+                finally:
+                    self._is_locked = False
+
+    def _put_in_order(self, segment: Segment) -> None:
+        """Settle, under the lock, what earlier calls could not finish, here or in processes that died."""
+        index, words = self._index, self._words
+        due = [self._due[number] for number in range(len(self._due))]  # others append to it meanwhile
+        if segment.session < 0:
+            segment.note_boot_locked()
+        index.begin_anew()
+        if words[POLICY] != self._policy:
+            self._follow_policy(segment)
+        if segment.session < 0:
+            self._enter(segment)
+        else:
+            cut_off = {item for item in due if isinstance(item, int)}
+            if cut_off:
+                index.settle_own(cut_off)
+                for token in cut_off:
+                    self._view_refs.pop(token, None)
+        for ref in due:
+            if isinstance(ref, _ViewRef):
+                if ref.token in self._pins.writing:  # an interrupt kept `_Reservation.__exit__` from running
+                    index.settle_own((ref.token,))
+                index.unpin(ref.token)
+                self._view_refs.pop(ref.token, None)
+        if words[DIRTY]:
+            index.repair()
+        for _ in due:
+            self._due.popleft()
+
+    def _enter(self, segment: Segment) -> None:
+        """Become a session; StorageError if there are too many."""
+        index = self._index
+        for is_last in (False, True):
+            taken = index.pins.sessions()
+            for number in range(MAX_SESSIONS):
+                if number not in taken and segment.lock_session(number):
+                    index.pins.enter(number, os.getpid())
+                    index.act_for(number)  # first: after a fork it still acts for the parent
+                    segment.session = number
+                    return
+            if is_last or not index.reclaim_dead():
+                raise StorageError(
+                    f"{segment.path} is open {MAX_SESSIONS} times, the limit: close a handle or use one per process"
+                )
+
+    def _follow_policy(self, segment: Segment) -> None:
+        """Go by the policy that the header names, which `set_eviction_policy` has changed, here or elsewhere."""
+        word = self._words[POLICY]
+        policy = _policy_now(self._config, word)
+        ghosts = segment.map_ghosts() if policy is EvictionPolicy.ADAPTIVE else None
+        self._index.order.use_policy_locked(policy, ghosts)
+        self._config = replace(self._config, eviction_policy=policy.value)
+        self._policy = word
+
+    def _join(self) -> None:
+        """Put in order what is due; become a session, if this handle is none."""
+        self._locked(Index.count, after_close=True)
+
+    def _settle_dead(self) -> None:
+        """Free what dead sessions hold in steps, between which others get the lock."""
+        dead = self._locked(Index.dead_sessions)
+        if dead:
+            for among in self._ranges():
+                self._locked(Index.settle_dead_again, dead, among, False)
+            self._locked(Index.settle_dead_again, dead, range(0), True)
+
+    def _give_way(self) -> None:
+        """Let others have the lock between two steps. A waiter that was stopped or killed is not waited for long."""
+        time.sleep(STEP_PAUSE)
+        for _ in range(MAX_PAUSES):
+            if not self._word(WAITED_FOR):
+                return
+            time.sleep(STEP_PAUSE)
+        self._locked(Index.forget_waiter)
+
+    def _sweep(self, work: Callable[[Index, int], _R]) -> list[_R]:
+        """Return what `work` returns for the slot of each entry, under the lock, which others get in between.
+
+        An entry that is there throughout is seen exactly once, also if it is overwritten meanwhile. The results are as
+        of slightly different moments.
+        """
+        found: list[_R] = []
+        chain, end = 0, self._geometry.num_slots
+        while chain < end:
+            if chain:
+                self._give_way()
+            some, chain = self._locked(Index.sweep, chain, work)
+            found += some
+        return found
+
+    def _ranges(self) -> Iterator[range]:
+        """Return all slots that were ever used, so many at a time as may be passed over under one lock."""
+        end = self._locked(Index.num_used) + 1
+        for begin in range(1, end, SLOTS_A_STEP):
+            if begin > 1:
+                self._give_way()
+            yield range(begin, min(begin + SLOTS_A_STEP, end))
+
+    def _word(self, number: int) -> int:
+        """Read a word of the header without the lock; PoolClosedError if another thread closes the pool just now."""
+        try:
+            return int(self._words[number])
+        except ValueError:
+            raise PoolClosedError.of(self.name) from None
+
+    def _check_open(self) -> None:
+        if self._segment is None or self._closing:
+            raise PoolClosedError.of(self.name, self._lost)
+
+    # --- lending -----------------------------------------------------------------------------------------------------
+
+    def _lend(self, memory: memoryview, offset: int, size: int, token: int) -> memoryview:
+        """Return a view to hand out. When its last user has gone without ending it, the next call notices.
+
+        All slices of one memoryview count as one buffer, and an array made from a slice holds just that. By way of
+        PickleBuffer (which pickles nothing) the view gets a buffer of its own, with the slice as its owner: the slice
+        can be released, or dies, when the view and all that was made from it have gone.
+        """
+        owner = memory[offset : offset + size]
+        ref = _ViewRef(owner, self._due.append)
+        ref.token = token
+        self._view_refs[token] = ref
+        return memoryview(PickleBuffer(owner))
+
+    def _close_view(self, token: int, view: memoryview, owner: memoryview) -> None:
+        """End a view and its pin; if arrays that were made from it live on, they keep the pin."""
+        if not _own_process[0]:
+            _adopt_pools()
+        if _take_back(view, owner):
+            if token in self._held:
+                self._release_pin(token)
+            self._view_refs.pop(token, None)
+        else:
+            self._outlast(token, owner)
+
+    def _outlast(self, token: int, owner: memoryview) -> None:
+        """Keep what a token holds for as long as arrays live that were made from its view."""
+        with self._mutex:
+            if self._closing:
+                self._outlive()
+            else:
+                gone = functools.partial(_array_gone, weakref.ref(self), token)
+                self._array_refs[token] = weakref.ref(owner, gone)
+
+    def _release_pin(self, token: int) -> None:
+        """Unpin from outside the lock, and without it if it can be."""
+        try:
+            with self._mutex:  # to the end: another thread that closes the pool must not come in between
+                pins = self._pins
+                if token == pins.named and not self._is_locked:
+                    slot = pins.held[token]
+                    before, pins.ending = pins.ending, token  # half a hold, if a callback comes in and settles
+                    pins.name(0)
+                    pins.named = 0  # now: a signal handler may have opened a view just before
+                    _new_lock().acquire()  # looked at last, for it may just become so: see `Index._drop`
+                    is_condemned = self._table.state(slot) == CONDEMNED
+                    del pins.held[token]  # now: a signal handler that closed the pool would have unmapped it
+                    pins.ending = before
+                    if is_condemned:
+                        self._locked(Index.free_unread, slot, after_close=True)
+                else:
+                    self._locked(Index.unpin, token, after_close=True)
+        except BaseException:
+            self._due.append(token)
+            self._settle_due()
+            raise
+        if self._closing:
+            self._close_if_unused()
+
+    def _settle_due(self) -> None:
+        """After an error or interrupt, noted in `_due`: settle what was held, or leave that to the next call."""
+        if self._segment is not None and not self._is_locked:
+            self._join()
+            if self._closing:
+                self._close_if_unused()
+
+    def _unpin_all(self) -> None:
+        for tokens in list(self._pins_by_key.values()):
+            for token in tokens:
+                if token in self._held:  # else an interrupt came before it was a pin
+                    self._release_pin(token)
+        self._pins_by_key.clear()
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the pool, and end its pins; a second call does nothing.
+
+        Views that are still in use stay readable, and their entries pinned, until they end. A pool that was not made by
+        `CacheStore.create` disappears with its last handle.
+        """
+        if not _own_process[0]:
+            _adopt_pools()
+        with self._mutex:
+            if self._segment is None:
+                if self in _open_pools:  # an interrupt has cut the first call short
+                    self._shut(wait=True)
+                return
+            if self._is_locked:
+                raise CacheError(f"pool {self.name!r} was closed by a signal handler that interrupted a call to it")
+            self._closing = True
+            self._unpin_all()
+            if self._due:
+                self._join()
+            self._close_if_unused()
+            if self._segment is not None and not self._outlive():
+                self._close_if_unused()
+
+    def _outlive(self) -> bool:
+        """Let this handle live on until the last of its views is gone; False if none is left, and it must be ended.
+
+        From now on the end of each view asks whether it was the last one.
+        """
+        for token, ref in list(self._view_refs.items()):
+            owner = ref()
+            if owner is not None:
+                last = _ViewRef(owner, _view_gone_after_close)
+                last.token, last.pool = token, self
+                self._view_refs[token] = last
+                _lent_out.add(self)
+        return self in _lent_out
+
+    def __del__(self) -> None:
+        # This may run inside a call to another pool, where waiting for a lock could be for ever: so none is taken.
+        if getattr(self, "_segment", None) is None or sys.is_finalizing():  # then modules may be gone
+            return
+        self._closing = True
+        lent = {token for token, ref in self._view_refs.items() if ref() is not None}
+        for token in self._held.keys() - lent:
+            del self._held[token]
+        if self._outlive():
+            for name in self.__dict__.keys() - self._own_names:  # a caller's, which may lead back to the views
+                del self.__dict__[name]
+        else:
+            self._end_unlocked()
+
+    def _end(self) -> None:
+        """Close at the end of the process. Memory that a daemon thread still uses is left to the kernel.
+
+        A thread that is stuck in a call is not waited for, nor a process that was stopped while it had the lock. What
+        this handle then holds stays held, and mapped, until the process is dead.
+        """
+        if not _own_process[0]:
+            _adopt_pools()
+        self._closing = True  # calls from now on raise PoolClosedError
+        self._array_refs.clear()  # the callbacks of these may run when modules are gone
+        if not self._mutex.acquire(timeout=ENDING_PATIENCE):
+            return
+        try:
+            if self._segment is None or self._is_locked:
+                return
+            if self._segment.can_be_locked(ENDING_PATIENCE):
+                self._unpin_all()
+                self._close_if_unused()
+            elif not self._held:
+                self._end_unlocked()
+            if self._segment is not None and self._segment.header.transient:
+                self._segment.withdraw()
+                self._remove_name(wait=False, only_if_unused=True)
+        finally:
+            self._mutex.release()
+
+    def _close_if_unused(self) -> None:
+        """The second half of `close`, once no view and no copy under way needs the memory."""
+        with self._mutex:
+            if self._closing and self._segment is not None and not self._is_locked and self._is_unused():
+                self._locked(Index.leave, self._segment.session, after_close=True)
+                self._shut(wait=True)
+
+    def _is_unused(self) -> bool:
+        """Return True if all that this handle holds are views whose last user has gone."""
+        due = [self._due[number] for number in range(len(self._due))]
+        return {ref.token for ref in due if isinstance(ref, _ViewRef)}.issuperset(list(self._held))
+
+    def _end_unlocked(self) -> None:
+        """End the session without a lock: others see from its lock byte that it is over, as they do for the dead."""
+        if _own_process[0]:
+            self._shut(wait=False)
+        else:
+            _adopt_pools()  # which ends a closed handle of the parent
+
+    def _shut(self, wait: bool) -> None:
+        segment, self._segment = self._mapped, None
+        _lent_out.discard(self)
+        self._view_refs.clear()
+        _all_view_refs.pop(id(self._view_refs), None)
+        gone: Any = _ClosedMemory(self.name)  # whatever refers to the memory keeps it mapped
+        for name in vars(self._index) if isinstance(self._index, Index) else ():  # frames of an error may refer to it
+            setattr(self._index, name, gone)
+        self._index = self._table = self._pins = self._uses = self._memory = self._words = gone
+        segment.close()
+        if segment.header.transient:
+            with contextlib.suppress(CacheError):  # the store is gone, or busy: the next opener or `prune` removes it
+                self._remove_name(wait, only_if_unused=True)
+        _open_pools.discard(self)
+
+    def unlink(self) -> None:
+        """Delete the pool, closed or not; other handles keep what they see until they are closed."""
+        self._remove_name(wait=True)
+
+    def _remove_name(self, wait: bool, only_if_unused: bool = False) -> None:
+        def is_ours(header: SegmentHeader | None) -> bool:
+            return header is not None and header.identity == self._identity  # not a later pool of that name
+
+        path = self._path
+        if self._segment is not None and not os.path.lexists(path):
+            with contextlib.suppress(OSError):  # its directory was renamed meanwhile
+                path = os.readlink(f"/proc/self/fd/{self._segment.fd}")
+        with _os_errors(f"delete {path}"), contextlib.suppress(FileNotFoundError):
+            if not is_ours(read_header(path)):  # never waits for the maker of a later one
+                return
+            with Segment(path, wait=wait) as segment:
+                if is_ours(read_header(path)) and not (only_if_unused and segment.is_in_use()):
+                    os.unlink(path)
+
+    def _after_fork(self) -> None:
+        """In a forked child: locks and session of our own, and none of the parent's views, pins and writes."""
+        segment = self._segment
+        self._mutex = threading.RLock()
+        self._is_locked = False
+        for mapping in (self._held, self._view_refs, self._array_refs, self._pins_by_key):
+            mapping.clear()
+        self._due = deque([0])
+        _lent_out.discard(self)
+        if segment is None:
+            return
+        self._pins.clear()
+        self._index.act_for(NO_SESSION)  # a call that was interrupted by the fork goes on in the child
+        if self._closing:  # the views that it waits for are the parent's
+            self._shut(wait=False)
+        else:
+            try:
+                segment.reopen_after_fork()
+            except OSError as error:  # out of file descriptors, no /proc, no permission: closed, not without locks
+                self._lost = f"could not get locks of its own in this forked child ({error.strerror})"
+                self._shut(wait=False)
 
 
 class _View:
@@ -3744,8 +5054,8 @@ class _View:
             if view is not None:
                 self._owner: Any = view.obj  # which `view`, released inside the block, would not tell any more
         except BaseException:
-            pool._untidy.append(token)
-            pool._tidy_up()
+            pool._due.append(token)
+            pool._settle_due()
             raise
         return view
 
@@ -3769,7 +5079,7 @@ class _TensorView(contextlib.AbstractContextManager[Any]):
         if view is None:
             return None
         try:
-            entry = self._pool._decode(self._pool._copy_held(self._reader.token))
+            entry = self._pool._decode(self._pool._locked(Index.describe_held, self._reader.token))
             return as_tensor(view, entry.dtype, entry.shape, self._framework or entry.framework)
         except BaseException:
             del view
@@ -3792,7 +5102,7 @@ class _Peek(contextlib.AbstractContextManager["tuple[bytes, memoryview] | None"]
         if view is None:
             return None
         try:
-            return self._pool._copy_held(self._reader.token), view
+            return self._pool._locked(Index.describe_held, self._reader.token), view
         except BaseException:
             self._reader.__exit__()
             raise
@@ -3809,7 +5119,7 @@ class _PoolReader:
 
     def small_values(self, copies: list[bytes]) -> list[tuple[bytes, bytes | None]]:
         self._pool._give_way()
-        return list(itertools.zip_longest(*self._pool._copy_small(copies)))
+        return list(itertools.zip_longest(*self._pool._locked(Index.copy_small, copies)))
 
     def value(self, key: str) -> _Peek:
         return _Peek(self._pool, key)
@@ -3818,11 +5128,13 @@ class _PoolReader:
 class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
     """A writable view of a value that exists from the clean end of the `with` block on."""
 
-    def __init__(self, pool: KVCachePool, key: bytes, size: int, meta: EntryMeta) -> None:
+    def __init__(self, pool: KVCachePool, key: bytes, size: int, meta: EntryMeta, saved: Saved | None = None) -> None:
+        """`saved`: what a snapshot says of the value, which is filled whole then, so it is not zeroed."""
         self._pool = pool
         self._key = key
         self._size = size
         self._meta = meta
+        self._saved = saved
         self._token = 0
         self._view: memoryview | None = None
 
@@ -3832,13 +5144,13 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
         try:
             place = pool._reserve(self._key, self._size, self._meta, self._token)
             if place is not None:
-                assert pool._segment is not None
-                self._view = pool._lend(pool._segment.buffer, *place, self._token)
+                self._view = pool._lend(pool._mapped.buffer, *place, self._token)
                 self._owner: Any = self._view.obj
-                pool._zero(*place)
+                if self._saved is None:
+                    pool._zero(*place)
         except BaseException:
-            pool._untidy.append(self._token)
-            pool._tidy_up()
+            pool._due.append(self._token)
+            pool._settle_due()
             raise
         return self._view
 
@@ -3850,18 +5162,24 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
         owner, self._owner = self._owner, None
         if not _own_process[0]:
             _adopt_pools()
-        if token in pool._holds:  # else this is a forked child, the value is its parent's
+        is_unused = _take_back(view, owner)  # else arrays that were made from it keep it pinned
+        if token in pool._held:  # else this is a forked child, the value is its parent's
             try:
                 if error_type is None:
-                    pool._commit(token, keep_pinned=True)
+                    pool._commit(token, self._saved, keep_pinned=not is_unused)
                 else:
-                    pool._untidy.append(token)
-                    pool._tidy_up()
+                    pool._due.append(token)
+                    pool._settle_due()
             except BaseException:
-                pool._untidy.append(token)
-                pool._tidy_up()
+                pool._due.append(token)
+                pool._settle_due()
                 raise
-        pool._close_view(token, view, owner)
+        if is_unused:
+            pool._view_refs.pop(token, None)
+            if pool._closing:
+                pool._close_if_unused()
+        else:
+            pool._outlast(token, owner)
 
 
 class _Entries(Mapping[str, CacheEntry]):
@@ -3883,7 +5201,7 @@ class _Entries(Mapping[str, CacheEntry]):
         return iter([entry.key for entry in self._pool._describe_all()])
 
     def __len__(self) -> int:
-        return self._pool._count()
+        return self._pool._locked(Index.count)
 
     def values(self) -> Any:
         return self._pool._describe_all()
@@ -3892,7 +5210,7 @@ class _Entries(Mapping[str, CacheEntry]):
         return [(entry.key, entry) for entry in self._pool._describe_all()]
 
 
-class KVCachePool:
+class KVCachePool(_Handle):
     """A pool of KV blocks in memory that every process of the host can open by name.
 
     All methods are safe to call from several threads and processes at once, and may be interrupted or killed at any
@@ -3900,8 +5218,6 @@ class KVCachePool:
     microseconds; values of more than 64 KiB are copied outside it. After `fork` the child goes on with locks of its
     own; views and pins stay the parent's.
     """
-
-    _lost = "is closed"  # or how it came to be
 
     def __init__(
         self, config: CachePoolConfig, create: bool = True, *, store_path: str | os.PathLike[str] | None = None
@@ -3938,109 +5254,6 @@ class KVCachePool:
         pool._start(segment)
         return pool
 
-    def _start(self, segment: Segment) -> None:
-        self._segment: Segment | None = segment  # None once closed
-        self._mapped = segment
-        self._config = segment.header.config
-        self.name = self._config.name
-        self.store_path = segment.header.store_path
-        self._geometry = geometry = segment.header.geometry
-        self._path = segment.path
-        self._identity = segment.header.identity
-        self._mutex = threading.RLock()
-        self._use_numbers = itertools.count()
-        self._is_locked = False
-        self._closing = False
-        # What this handle holds: token -> slot that it pins or writes. It is the truth about our own pins and WRITING
-        # records; after an interrupt `_tidy_locked` makes the shared ones agree with it.
-        self._holds: dict[int, int] = {}
-        self._writes: set[int] = set()  # the tokens that write
-        self._pins: dict[int, int] = {}  # slot -> how many of our tokens pin it
-        self._reader = 0  # the token that pins by way of the session table
-        self._releasing = 0  # the token whose pin `_release_pin` is just ending
-        self._view_refs: dict[int, _ViewRef] = {}
-        _all_view_refs[id(self._view_refs)] = self._view_refs
-        self._pins_by_key: dict[bytes, list[int]] = {}
-        self._tokens = itertools.count(1, 1 << 32)  # a path uses the numbers from its token on
-        self._gone_views: deque[_ViewRef] = deque()
-        self._reader_gone: Any = functools.partial(_reader_gone, weakref.ref(self))
-        self._reader_ref: weakref.ref[memoryview] | None = None
-        self._array_refs: dict[int, weakref.ref[memoryview]] = {}
-        # Tokens whose calls an error or interrupt has cut off; 0: whatever else the next lock must put in order.
-        # An except block appends to it before all else: no second interrupt gets in before that call of C code is over.
-        self._untidy = [0]  # joins at the first lock
-        self._memory, self._words = segment.memory, segment.words
-        self._data_offset = geometry.data_offset
-        self._policy = 0  # what the header word POLICY said last
-        self._recorded, self._accesses = geometry.num_recorded, geometry.accesses_offset >> 3
-        self._is_lock_free = LOADS_IN_ORDER and not self._recorded  # a recorded access needs the lock
-        self._table = EntryTable(segment)
-        self._allocator = BitmapAllocator(
-            geometry.num_blocks,
-            segment.buffer[HEADER_SIZE : geometry.data_offset],
-            segment.words[ALLOCATED : ALLOCATED + BITMAP_COUNTERS],
-        )
-        self._order = EvictionManager(
-            EvictionPolicy(self._config.eviction_policy),
-            segment.buffer[geometry.order_offset : geometry.records_offset],
-            geometry.num_slots,
-            geometry.num_blocks,
-            self._table.blocks_of,
-            segment.map_ghosts() if self._config.eviction_policy == EvictionPolicy.ADAPTIVE.value else None,
-        )
-        self._own_names = {*self.__dict__, "_own_names", "_lost"}
-        _open_pools.add(self)
-        segment.is_owned = True
-        try:
-            self._join()
-            self._reap()
-        except BaseException:
-            self._shut(wait=True)
-            raise
-
-    # --- closing -----------------------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Let go of the pool, its pins with it; a second call does nothing.
-
-        Views that are still in use stay readable, and their entries pinned, until they end. A pool that was not made by
-        `CacheStore.create` disappears with its last handle.
-        """
-        if not _own_process[0]:
-            _adopt_pools()
-        with self._mutex:
-            if self._segment is None:
-                if self in _open_pools:  # an interrupt has cut the first call short
-                    self._shut(wait=True)
-                return
-            if self._is_locked:
-                raise CacheError(f"pool {self.name!r} was closed by a signal handler that interrupted a call to it")
-            self._closing = True
-            self._unpin_all()
-            if self._gone_views or self._untidy:
-                self._join()
-            self._close_if_unused()
-            if self._segment is not None and not self._outlive():
-                self._close_if_unused()
-
-    def _outlive(self) -> bool:
-        """Let this handle live on until the last of its views is gone; False if none is left, and it must be ended.
-
-        From now on the end of each view asks whether it was the last one.
-        """
-        for token, ref in list(self._view_refs.items()):
-            owner = ref()
-            if owner is not None:
-                last = _ViewRef(owner, _view_gone_after_close)
-                last.token, last.pool = token, self
-                self._view_refs[token] = last
-                _lent_out.add(self)
-        return self in _lent_out
-
-    def unlink(self) -> None:
-        """Delete the pool, closed or not; other handles keep what they see until they are closed."""
-        self._remove_name(wait=True)
-
     @property
     def config(self) -> CachePoolConfig:
         """How the pool was made, with the policy that it has now."""
@@ -4062,614 +5275,6 @@ class KVCachePool:
     def __repr__(self) -> str:
         state = "closed" if self._segment is None else self._config.eviction_policy
         return f"<KVCachePool {self.name!r} {format_size(self._geometry.size_bytes)} {state}>"
-
-    def _check_open(self) -> None:
-        if self._segment is None or self._closing:
-            raise PoolClosedError.of(self.name, self._lost)
-
-    def __del__(self) -> None:
-        # This may run inside a call to another pool, where waiting for a lock could be for ever: so none is taken.
-        if getattr(self, "_segment", None) is None or sys.is_finalizing():  # then modules may be gone
-            return
-        self._closing = True
-        lent = {token for token, ref in self._view_refs.items() if ref() is not None}
-        for token in self._holds.keys() - lent:
-            del self._holds[token]
-        if self._outlive():
-            for name in self.__dict__.keys() - self._own_names:  # a caller's, which may lead back to the views
-                del self.__dict__[name]
-        else:
-            self._end_unlocked()
-
-    def _end(self) -> None:
-        """Close at the end of the process. Memory that a daemon thread still uses is left to the kernel.
-
-        A thread that is stuck in a call is not waited for, nor a process that was stopped while it had the lock. What
-        this handle then holds stays held, and mapped, until the process is dead.
-        """
-        if not _own_process[0]:
-            _adopt_pools()
-        self._closing = True  # calls from now on raise PoolClosedError
-        self._reader_ref = None  # the callbacks of these may run when modules are gone
-        self._array_refs.clear()
-        if not self._mutex.acquire(timeout=ENDING_PATIENCE):
-            return
-        try:
-            if self._segment is None or self._is_locked:
-                return
-            if self._segment.can_be_locked(ENDING_PATIENCE):
-                self._unpin_all()
-                self._close_if_unused()
-            elif not self._holds:
-                self._end_unlocked()
-            if self._segment is not None and self._segment.header.transient:
-                self._segment.withdraw()
-                self._remove_name(wait=False, only_if_unused=True)
-        finally:
-            self._mutex.release()
-
-    def _close_if_unused(self) -> None:
-        """The second half of `close`, once no view and no copy under way needs the memory."""
-        with self._mutex:
-            if self._closing and self._segment is not None and not self._is_locked and self._is_unused():
-                self._leave()
-                self._shut(wait=True)
-
-    def _is_unused(self) -> bool:
-        """Return True if all that this handle holds are views whose last user has gone."""
-        return {ref.token for ref in list(self._gone_views)}.issuperset(list(self._holds))
-
-    def _end_unlocked(self) -> None:
-        """End the session without a lock: others see from its lock byte that it is over, as they do for the dead."""
-        if _own_process[0]:
-            self._shut(wait=False)
-        else:
-            _adopt_pools()  # which ends a closed handle of the parent
-
-    def _shut(self, wait: bool) -> None:
-        segment, self._segment = self._mapped, None
-        _lent_out.discard(self)
-        self._view_refs.clear()
-        _all_view_refs.pop(id(self._view_refs), None)
-        gone: Any = _ClosedMemory(self.name)  # whatever refers to the memory keeps it mapped
-        self._table = self._allocator = self._order = self._memory = self._words = gone
-        segment.close()
-        if segment.header.transient:
-            with contextlib.suppress(CacheError):  # the store is gone, or busy: the next opener or `prune` removes it
-                self._remove_name(wait, only_if_unused=True)
-        _open_pools.discard(self)
-
-    def _remove_name(self, wait: bool, only_if_unused: bool = False) -> None:
-        def is_ours(header: SegmentHeader | None) -> bool:
-            return header is not None and header.identity == self._identity  # not a later pool of that name
-
-        path = self._path
-        if self._segment is not None and not os.path.lexists(path):
-            with contextlib.suppress(OSError):  # its directory was renamed meanwhile
-                path = os.readlink(f"/proc/self/fd/{self._segment.fd}")
-        with _os_errors(f"delete {path}"), contextlib.suppress(FileNotFoundError):
-            if not is_ours(read_header(path)):  # never waits for the maker of a later one
-                return
-            with Segment(path, wait=wait) as segment:
-                if is_ours(read_header(path)) and not (only_if_unused and segment.is_in_use()):
-                    os.unlink(path)
-
-    def _after_fork(self) -> None:
-        """In a forked child: locks and session of our own, and none of the parent's views, pins and writes."""
-        segment = self._segment
-        self._mutex = threading.RLock()
-        self._is_locked = False
-        for mapping in (self._holds, self._pins, self._view_refs, self._array_refs, self._pins_by_key):
-            mapping.clear()
-        self._writes.clear()
-        self._gone_views.clear()
-        self._reader, self._reader_ref = 0, None
-        self._releasing = 0
-        self._untidy = [0]
-        _lent_out.discard(self)
-        if segment is None:
-            return
-        self._table.act_for(NO_SESSION)  # a call that was interrupted by the fork goes on in the child
-        if self._closing:  # the views that it waits for are the parent's
-            self._shut(wait=False)
-        else:
-            try:
-                segment.reopen_after_fork()
-            except OSError as error:  # out of file descriptors, no /proc, no permission: closed, not without locks
-                self._lost = f"could not get locks of its own in this forked child ({error.strerror})"
-                self._shut(wait=False)
-
-    # --- putting in order --------------------------------------------------------------------------------------------
-
-    @_locked_after_close
-    def _join(self) -> None:
-        """Become a session, by way of `_recover_locked`."""
-
-    @_locked_after_close
-    def _leave(self) -> None:
-        assert self._segment is not None
-        self._segment.forget_session_locked(self._segment.session)
-
-    def _recover_locked(self) -> None:
-        """Whatever an earlier call could not finish."""
-        segment = self._segment
-        assert segment is not None
-        words = self._words
-        if segment.session < 0:
-            segment.note_boot_locked()
-        untidy = len(self._untidy)
-        if words[POLICY] != self._policy:
-            self._follow_policy_locked()
-        if segment.session < 0:
-            number = segment.claim_session_locked()
-            if number < 0:
-                self._reap_locked()
-                number = segment.claim_session_locked()
-            if number < 0:
-                raise StorageError(
-                    f"{segment.path} is open {MAX_SESSIONS} times, the limit: close a handle or use one per process"
-                )
-            self._table.act_for(number)  # first: after a fork it still acts for the parent
-            segment.session = number
-        elif untidy:
-            self._tidy_locked(self._untidy)
-        while self._gone_views:
-            token = self._gone_views[0].token
-            if token in self._writes:  # an interrupt kept `_Reservation.__exit__` from running
-                self._tidy_locked([token])
-            elif token in self._holds:
-                self._unpin_locked(token)
-            self._view_refs.pop(token, None)
-            self._gone_views.popleft()
-        if words[DIRTY]:
-            self._reap_locked()
-            self._rebuild_locked()
-        del self._untidy[:untidy]  # done; what other threads have appended meanwhile stays
-
-    def _count_uses_locked(self) -> None:
-        """Bring the order up to date with the uses that readers without the lock have noted."""
-        words = self._words
-        words[USED] = 0
-        _new_lock().acquire()  # a use that is noted from now on sets USED again
-        count, uses = self._table.take_uses()
-        words[HITS] = words[HITS] + count
-        if uses:
-            words[DIRTY] = 1
-            self._order.touch_all_locked([slot for _, slot in uses])
-            words[DIRTY] = 0
-            boot = time.time() - time.monotonic()
-            self._table.set_all_accessed({slot: boot + moment for moment, slot in uses})
-
-    def _follow_policy_locked(self) -> None:
-        """Go by the policy that the header names, which `set_eviction_policy` has changed, here or elsewhere."""
-        words, order = self._words, self._order
-        assert self._segment is not None
-        policy = _policy_now(self._config, words[POLICY])
-        ghosts = self._segment.map_ghosts() if policy is EvictionPolicy.ADAPTIVE else None
-        order.use_policy_locked(policy, ghosts)
-        self._config = replace(self._config, eviction_policy=policy.value)
-        self._policy = words[POLICY]
-
-    def _tidy_locked(self, cut_off: Iterable[int]) -> None:
-        """Forget what these tokens hold, then make our pins and WRITING records agree with what is really held.
-
-        That takes a pass over all records, 0.03 us a slot, only where a slot is not known: after an interrupt inside a
-        call, and not after an error in a block that reads or writes a value.
-        """
-        table = self._table
-        slots = {self._holds.pop(token, 0) for token in cut_off}
-        for token in cut_off:
-            self._writes.discard(token)
-            self._view_refs.pop(token, None)
-        if self._reader not in self._holds:
-            self._reader, self._reader_ref = 0, None
-        bits = self._holds.keys() - self._writes - {self._reader, self._releasing}
-        self._pins = dict(Counter(self._holds[token] for token in bits))
-        table.read(0 if self._reader == self._releasing else self._holds.get(self._reader, 0))
-        writing = {self._holds[token] for token in self._writes if token in self._holds}
-        for among in (table.used(),) if 0 in slots else (range(slot, slot + 1) for slot in slots):
-            self._settle_locked({table.session: (self._pins.keys(), writing)}, among)
-
-    def _settle_locked(
-        self, held: Mapping[int, tuple[Container[int], Container[int]]], among: range | None = None
-    ) -> None:
-        """Let sessions pin and write just what they hold: session -> (slots that it pins, slots that it writes).
-
-        Of all slots, or only of some. What nobody pins or writes any more is freed.
-        """
-        table = self._table
-        for session, (pins, _) in held.items():
-            for slot in table.pinned_by(session, table.used() if among is None else among):
-                if slot not in pins:
-                    table.set_pin(slot, session, False)
-        stale = []
-        are_busy = self._words[NUM_BUSY] or self._words[DIRTY]
-        for slot in table.slots(WRITING, CONDEMNED, among=among) if are_busy else ():
-            record = table.record(slot)
-            if table.halves[record] == WRITING:
-                owner = table.halves[record + R_OWNER]
-                if owner in held and slot not in held[owner][1]:
-                    stale.append(slot)
-            elif not table.is_pinned(slot):
-                stale.append(slot)
-        self._free_locked(stale)
-
-    def _free_locked(self, slots: list[int]) -> None:
-        """Give back what WRITING or CONDEMNED records hold; if DIRTY is set, the rebuild does the rest."""
-        rebuild_follows = self._words[DIRTY]
-        self._words[DIRTY] = 1
-        for slot in slots:
-            self._table.halves[self._table.record(slot)] = FREE
-            if rebuild_follows:
-                continue
-            self._allocator.free_locked(*self._table.extent(slot))
-            self._table.release(slot)
-            self._words[NUM_BUSY] -= 1
-        self._words[DIRTY] = rebuild_follows
-
-    def _reclaim_locked(self, only_signs: bool = False) -> bool:
-        """Free every record that no live session pins or writes; return True if there was any.
-
-        About 1 us a session; where values are on their way in, or deleted ones are not freed yet, a pass over all
-        records of 0.03 us each. `only_signs`: that pass only where a reader or a dead session has left a sign.
-        """
-        found = self._reap_locked()
-        if self._words[UNREAD] or (not only_signs and self._words[NUM_BUSY] > len(self._writes)):
-            self._words[UNREAD] = 0
-            _new_lock().acquire()
-            busy = self._words[NUM_BUSY]
-            self._settle_locked({})
-            found = found or self._words[NUM_BUSY] < busy
-        return found
-
-    def _reap(self) -> None:
-        """Do what `_reap_locked` does in steps, between which others get the lock."""
-        dead = self._dead_sessions()
-        if dead:
-            for among in self._ranges():
-                self._settle_dead(dead, among)
-            self._settle_dead(dead, range(0), is_last=True)
-
-    @_locked
-    def _dead_sessions(self) -> dict[int, int]:
-        return self._dead_sessions_locked()
-
-    def _dead_sessions_locked(self) -> dict[int, int]:
-        """Return session -> pid of those whose process has died."""
-        segment = self._segment
-        assert segment is not None
-        return {number: pid for number, pid in segment.session_pids().items() if not segment.is_alive(number)}
-
-    @_locked
-    def _settle_dead(self, dead: Mapping[int, int], among: range, is_last: bool = False) -> None:
-        """Free what dead sessions hold of some slots; the last step forgets them. Others may do the same."""
-        left = [session for session, pid in self._dead_sessions_locked().items() if dead.get(session) == pid]
-        self._settle_dead_locked(left, among, is_last)
-
-    def _settle_dead_locked(self, dead: Iterable[int], among: range | None = None, is_last: bool = True) -> None:
-        """Free what dead sessions hold of some slots, or of all; `is_last`: their numbers are free then."""
-        segment = self._segment
-        assert segment is not None
-        for session in dead:
-            self._table.end_read(session)
-        self._settle_locked(dict.fromkeys(dead, ((), ())), among)
-        for session in dead if is_last else ():
-            segment.forget_session_locked(session)
-
-    def _reap_locked(self) -> bool:
-        """Free what sessions hold whose process has died; return True if there was such a session."""
-        dead = self._dead_sessions_locked()
-        if dead:
-            self._settle_dead_locked(dead)
-        return bool(dead)
-
-    def _rebuild_locked(self) -> list[str]:
-        """Make everything derived anew from the records; returns what was wrong with records themselves."""
-        words = self._words
-        words[DIRTY] = 1
-        self._finish_move_locked()
-        self._settle_locked({})
-        problems, entries, others = self._sound_records_locked()
-        replaced = set(self._table.slots(COMPLETE)).difference(entries)
-        if replaced:  # readers without the lock may just pin them: mark them first, as in `_drop_locked`
-            for slot in replaced:
-                self._table.halves[self._table.record(slot)] = CONDEMNED
-            _new_lock().acquire()
-            self._settle_locked({})
-            _, entries, others = self._sound_records_locked()
-        kept = {*entries, *others}
-        for slot in self._table.slots(WRITING, COMPLETE, CONDEMNED):
-            if slot not in kept:
-                self._table.halves[self._table.record(slot)] = FREE
-        for slot in entries:  # before any block is free: readers without the lock must notice
-            self._table.complete(slot)
-        self._table.rebuild(sorted(entries, key=lambda slot: self._order.numbers_locked(slot)[0]), others)
-        self._allocator.rebuild_locked(self._table.extent(slot) for slot in kept)
-        self._order.rebuild_locked(entries)
-        words[DIRTY] = 0
-        return problems
-
-    def _sound_records_locked(self) -> tuple[list[str], list[int], list[int]]:
-        """(problems, slots of entries, slots of WRITING and CONDEMNED records); who owns them is not asked here."""
-        table = self._table
-        problems, entries, others = [], [], []
-        newest: dict[bytes, int] = {}
-        for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
-            problem = table.damage(slot)
-            state = table.halves[table.record(slot)]
-            if problem:
-                problems.append(problem)
-            elif state == COMPLETE:
-                key = table.key(slot)
-                twin = newest.setdefault(key, slot)
-                if twin != slot:
-                    older, newer = sorted((twin, slot), key=lambda s: self._order.numbers_locked(s)[0])
-                    problems.append(f"slots {older} and {newer} both hold the key {key.decode()!r}")
-                    newest[key] = newer
-                    if table.is_pinned(older):
-                        others.append(older)
-            else:
-                others.append(slot)
-        entries = sorted(newest.values())
-        end, last = 0, 0
-        for start, num_blocks, slot in sorted((*table.extent(slot), slot) for slot in (*entries, *others)):
-            if start < end:
-                problems.append(f"slots {last} and {slot} both claim block {start}")
-                (entries if slot in entries else others).remove(slot)
-                continue
-            end, last = start + num_blocks, slot
-        return problems, entries, others
-
-    # --- holding: pins and writes ------------------------------------------------------------------------------------
-
-    def _read_locked(self, slot: int, token: int) -> None:
-        """Pin for as long as a view or a copy lasts."""
-        if self._reader or not LOADS_IN_ORDER:
-            return self._pin_locked(slot, token)
-        self._holds[token] = slot
-        self._reader = token
-        return self._table.read(slot)
-
-    def _pin_locked(self, slot: int, token: int) -> None:
-        self._holds[token] = slot
-        count = self._pins.get(slot, 0)
-        if not count:
-            self._table.pin(slot)
-        self._pins[slot] = count + 1
-
-    def _unpin_locked(self, token: int) -> None:
-        slot = self._holds.pop(token)
-        if token == self._reader:
-            self._reader, self._reader_ref = 0, None
-            self._table.read(0)
-        else:
-            count = self._pins[slot] - 1
-            if count:
-                self._pins[slot] = count
-                return
-            del self._pins[slot]
-            self._table.unpin(slot)
-        self._free_unread_locked(slot)
-
-    def _free_unread_locked(self, slot: int) -> None:
-        """Give back what a deleted value holds, once nobody reads it any more."""
-        if self._table.halves[self._table.record(slot)] == CONDEMNED and not self._table.is_pinned(slot):
-            self._free_locked([slot])
-
-    @_locked_after_close
-    def _unpin(self, token: int) -> None:
-        if token in self._holds:  # else: taken over by a parent's child, or tidied away
-            self._unpin_locked(token)
-
-    @_locked_after_close
-    def _free_unread(self, slot: int) -> None:
-        self._free_unread_locked(slot)
-
-    def _release_pin(self, token: int) -> None:
-        """Unpin from outside the lock, and without it if it can be."""
-        try:
-            with self._mutex:  # to the end: another thread that closes the pool must not come in between
-                if token == self._reader and not self._is_locked:
-                    slot = self._holds[token]
-                    before, self._releasing = self._releasing, token  # half a hold, if a callback comes in and tidies
-                    self._table.read(0)
-                    self._reader, self._reader_ref = 0, None  # now: a signal handler may have opened a view just before
-                    _new_lock().acquire()  # looked at last, for it may just become so: see `_drop_locked`
-                    is_condemned = self._table.halves[self._table.record(slot)] == CONDEMNED
-                    del self._holds[token]  # now: a signal handler that closed the pool would have unmapped it
-                    self._releasing = before
-                    if is_condemned:
-                        self._free_unread(slot)
-                else:
-                    self._unpin(token)
-        except BaseException:
-            self._untidy.append(token)
-            self._tidy_up()
-            raise
-        if self._closing:
-            self._close_if_unused()
-
-    def _tidy_up(self) -> None:
-        """After an error or interrupt, noted in `_untidy`: let go of what was held, or leave that to the next call."""
-        if self._segment is not None and not self._is_locked:
-            self._join()
-            if self._closing:
-                self._close_if_unused()
-
-    def _unpin_all(self) -> None:
-        for tokens in list(self._pins_by_key.values()):
-            for token in tokens:
-                if token in self._holds:  # else an interrupt came before it was a pin
-                    self._release_pin(token)
-        self._pins_by_key.clear()
-
-    # --- room --------------------------------------------------------------------------------------------------------
-
-    def _find_room_locked(self, key: bytes, num_blocks: int) -> tuple[int, int] | None:
-        """Return (start of `num_blocks` free blocks, slot of the value under `key` or 0), and see that a slot is free.
-
-        Evicts and moves what must go. None, and nothing has changed, if pins are in the way.
-        """
-        table, words = self._table, self._words
-        old = table.find(key)
-        full = self._is_full_locked(old)
-        start = None if full else self._allocator.find_locked(num_blocks)
-        if start is None:
-            if (words[UNREAD] or words[NUM_BUSY] > len(self._writes)) and self._reclaim_locked(only_signs=True):
-                return self._find_room_locked(key, num_blocks)
-            start = self._make_room_locked(num_blocks, full, old)
-            if start is None:
-                return None
-            if old and table.halves[table.record(old)] != COMPLETE:
-                old = 0
-        return start, old
-
-    def _is_full_locked(self, old: int = 0) -> bool:
-        """Return True if a value needs the place of another entry; not one that replaces `old`, if a slot is free."""
-        words = self._words
-        no_slot = not words[FREE_SLOT] and words[TOP_SLOT] == self._table.num_slots
-        return no_slot or (not old and words[NUM_ENTRIES] >= self._geometry.max_entries)
-
-    def _reserve_locked(self, key: bytes, size: int, meta: EntryMeta, token: int) -> int:
-        """Claim a slot and blocks for a value; 0 if it can't be stored, and then nothing has changed."""
-        num_blocks = self._geometry.blocks_for(size)
-        room = self._find_room_locked(key, num_blocks)
-        if room is None:
-            return 0
-        self._writes.add(token)
-        self._words[DIRTY] = 1
-        self._allocator.take_locked(room[0], num_blocks)
-        slot = self._table.claim(key, size, room[0], num_blocks, self._table.session, meta)
-        self._table.halves[self._table.record(slot)] = WRITING
-        self._words[NUM_BUSY] += 1
-        self._holds[token] = slot
-        self._words[DIRTY] = 0
-        return slot
-
-    def _make_room_locked(self, num_blocks: int, need_slot: bool, old: int) -> int | None:
-        """Evict and move until `num_blocks` lie together; return where. None: pins are in the way, nothing changed.
-
-        Victims go in policy order until enough is free and no further; `old`, the value about to be replaced, goes only
-        when there is no other way. Everything is planned before anything is touched. Most often the first victim is
-        large enough; else the plan takes up to 2 us for each entry of the pool.
-        """
-        table = self._table
-        if num_blocks > self._geometry.num_blocks:
-            return None
-        victim = next(self._candidates_locked(old), 0)
-        start, length = table.extent(victim)
-        must_evict = need_slot or num_blocks > self._geometry.num_blocks - self._words[ALLOCATED]
-        if victim and victim != old and must_evict and length >= num_blocks and self._evict_locked((victim,)):
-            return start  # as the plan would have it
-        need_slot = need_slot and self._is_full_locked(old)
-        while True:
-            plan = self._plan_room_locked(num_blocks, need_slot, old)
-            if plan is None and self._reclaim_locked():
-                plan = self._plan_room_locked(num_blocks, need_slot, old)
-            if plan is None:
-                self._words[DIRTY] = 0
-                return None
-            victims, moves = plan
-            if old in victims:  # then to the end of the put: a look-up without the lock would find neither value
-                self._words[DIRTY] = 1
-            # A view that begins just now, without the lock, makes either of these fail: plan anew.
-            if self._evict_locked(victims) and all(self._move_locked(slot, target) for slot, target in moves):
-                return self._allocator.find_locked(num_blocks)
-            need_slot = self._is_full_locked(old)
-
-    def _plan_room_locked(self, num_blocks: int, need_slot: bool, old: int) -> Plan | None:
-        in_use, _ = self._fixed_locked(self._table.used())  # takes far less than the whole layout
-        if widest_section(in_use, self._geometry.num_blocks) < num_blocks:
-            return None
-        movable, fixed = self._table.layout()
-        sections = cut_sections(movable, fixed, self._geometry.num_blocks)
-        return plan_room(sections, num_blocks, self._candidates_locked(old), need_slot)
-
-    def _candidates_locked(self, last: int = 0) -> Iterator[int]:
-        """Slots that may be evicted, next victim first; the slot `last` comes last."""
-        is_pinned = self._table.is_pinned
-        for slot in self._order.victims_locked():
-            if slot != last and not is_pinned(slot):
-                yield slot
-        if last and not is_pinned(last):
-            yield last
-
-    def _move_locked(self, slot: int, target: int) -> bool:
-        """Move an entry's blocks; False if it is pinned. Its record points to the old place until all is copied.
-
-        Where old and new place overlap (a slide to the left), pieces no longer than the distance are copied, each noted
-        in the journal: whatever was overwritten had been copied before, so a crash can be picked up at the noted piece.
-        """
-        start, num_blocks = self._table.extent(slot)
-        words = self._words
-        was_dirty, words[DIRTY] = words[DIRTY], 1
-        if not self._table.begin_change(slot):
-            words[DIRTY] = was_dirty
-            return False
-        words[MOVE_FROM], words[MOVE_TO], words[MOVE_DONE] = start, target, 0
-        words[MOVE_SLOT] = slot
-        self._finish_move_locked()
-        self._table.complete(slot)
-        self._allocator.free_locked(start, num_blocks)
-        self._allocator.take_locked(target, num_blocks)
-        words[DIRTY] = was_dirty
-        return True
-
-    def _finish_move_locked(self) -> None:
-        """Do what the move journal says, from the piece where it stands."""
-        words, geometry = self._words, self._geometry
-        slot, start, target = words[MOVE_SLOT], words[MOVE_FROM], words[MOVE_TO]
-        record = self._table.record(slot)
-        if 0 < slot <= self._table.num_slots and self._table.halves[record + R_START] == start:
-            num_blocks = self._table.halves[record + R_BLOCKS]
-            if not 0 <= target <= geometry.num_blocks - num_blocks:
-                raise CorruptionError(f"pool {self.name!r} has a damaged journal: delete it")
-            piece = start - target if 0 < start - target < num_blocks else num_blocks
-            while (done := words[MOVE_DONE]) < num_blocks:
-                count = min(piece, num_blocks - done)
-                self._memory.move(
-                    self._data_offset + (target + done) * geometry.block_size,
-                    self._data_offset + (start + done) * geometry.block_size,
-                    count * geometry.block_size,
-                )
-                words[MOVE_DONE] = done + count
-            self._table.halves[record + R_START] = target
-        words[MOVE_SLOT] = 0
-
-    def _evict_locked(self, slots: Iterable[int]) -> bool:
-        """Evict entries; return True if all their blocks are free, which no view that begins just now prevents."""
-        words = self._words
-        was_dirty, all_free = words[DIRTY], True
-        for slot in slots:
-            words[DIRTY] = 1
-            if self._order.is_adaptive:
-                self._order.remember_locked(slot, self._table.key(slot))
-            all_free = self._drop_locked(slot) and all_free
-            words[EVICTIONS] += 1
-            words[DIRTY] = was_dirty
-        return all_free
-
-    def _drop_locked(self, slot: int) -> bool:
-        """Take an entry out of the pool; its blocks follow when nobody reads them any more: False. DIRTY is set."""
-        table, words = self._table, self._words
-        halves = table.halves
-        record = table.record(slot)
-        # A reader pins without the lock, and then looks at the seal; it unpins, and then looks for CONDEMNED. So change
-        # that first and look at the pins second.
-        halves[record] = CONDEMNED
-        _new_lock().acquire()
-        pinned = table.is_pinned(slot)
-        if not pinned:
-            halves[record] = FREE
-        table.unlink(slot)
-        self._order.unlink_locked(slot)
-        words[NUM_ENTRIES] -= 1
-        if pinned:
-            words[NUM_BUSY] += 1
-        else:
-            self._allocator.free_locked(halves[record + R_START], halves[record + R_BLOCKS])
-            table.release(slot)
-        return not pinned
 
     # --- storing -----------------------------------------------------------------------------------------------------
 
@@ -4704,7 +5309,7 @@ class KVCachePool:
         result = attempt()
         if not result and self._geometry.blocks_for(size) <= self._geometry.num_blocks:
             while not result and self._segment is not None:
-                others_write = self._word(NUM_BUSY) > len(self._writes)
+                others_write = self._word(NUM_BUSY) > len(self._pins.writing)
                 if time.monotonic() - started > (PATIENCE_FOR_WRITES if others_write else PATIENCE_FOR_PINS):
                     break
                 time.sleep(pause)
@@ -4714,7 +5319,7 @@ class KVCachePool:
 
     def _reserve(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
         """(offset, size) of a place for a value, known by `token`, ready to be written; None if it can't be stored."""
-        place = self._patiently(lambda: self._reserve_once(key, size, meta, token), size)
+        place = self._patiently(lambda: self._locked(Index.reserve, key, size, meta, token), size)
         if place is not None:
             _map_pages(self._memory, *place)
         return place
@@ -4723,8 +5328,8 @@ class KVCachePool:
         token = 0
         try:
             if size <= COPY_UNDER_LOCK:
-                stored = self._put_small(key, data, size, meta)
-                return stored or self._patiently(lambda: self._put_small(key, data, size, meta), size)
+                stored = self._locked(Index.put, key, data, size, meta)
+                return stored or self._patiently(lambda: self._locked(Index.put, key, data, size, meta), size)
             token = next(self._tokens)
             place = self._reserve(key, size, meta, token)
             if place is None:
@@ -4732,110 +5337,16 @@ class KVCachePool:
             self._memory[place[0] : place[0] + size] = data
             self._commit(token)
         except BaseException:
-            self._untidy.append(token)
-            self._tidy_up()
+            self._due.append(token)
+            self._settle_due()
             raise
         if self._closing:
             self._close_if_unused()
         return True
 
-    @_locked
-    def _put_small(self, key: bytes, data: Any, size: int, meta: EntryMeta) -> bool:
-        """Store a value at once."""
-        num_blocks = self._geometry.blocks_for(size)
-        room = self._find_room_locked(key, num_blocks)
-        if room is None:
-            return False
-        start, old = room
-        table, words = self._table, self._words
-        at = self._data_offset + start * self._geometry.block_size
-        _map_pages(self._memory, at, size)
-        self._memory[at : at + size] = data  # into free blocks: dying here leaves nothing to put in order
-        words[DIRTY] = 1
-        self._allocator.take_locked(start, num_blocks)
-        # Swapping in the blocks spares half of what a new record, and dropping the old one, would cost.
-        if old and table.is_same(old, size, table.tell(key, meta)) and table.begin_change(old):
-            self._swap_locked(old, start, num_blocks)
-        else:
-            slot = table.claim(key, size, start, num_blocks, table.session, meta)
-            self._enter_locked(slot, old, self._uses_locked(key, old), meta.priority)
-        words[DIRTY] = 0
-        return True
-
-    def _swap_locked(self, slot: int, start: int, num_blocks: int) -> None:
-        """Give an entry that is sealed off a new value, in blocks that are marked already. DIRTY is set."""
-        table, words = self._table, self._words
-        extent = table.extent(slot)
-        table.swap(slot, start, num_blocks)
-        table.complete(slot)
-        self._allocator.free_locked(*extent)
-        self._order.replace_locked(slot)
-        words[PUTS] = words[PUTS] + 1
-
-    @_locked
-    def _reserve_once(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
-        slot = self._reserve_locked(key, size, meta, token)
-        return self._table.place(slot) if slot else None
-
-    @_locked_after_close
-    def _commit(
-        self,
-        token: int,
-        access_count: int | None = None,
-        times: tuple[float, float] | None = None,
-        keep_pinned: bool = False,
-        checksum: int = 0,
-    ) -> None:
-        """Make the value that `token` reserves an entry; `keep_pinned`: the token goes on as a pin."""
-        slot = self._commit_locked(token, access_count, times)
-        self._table.halves[self._table.record(slot) + R_CHECKSUM] = checksum
-        if keep_pinned:
-            self._pin_locked(slot, token)
-
-    def _commit_locked(
-        self, token: int, access_count: int | None = None, times: tuple[float, float] | None = None
-    ) -> int:
-        """Make a reserved value an entry, in place of what was there under its key."""
-        table, words = self._table, self._words
-        slot = self._holds[token]
-        record = table.record(slot)
-        key = table.key(slot)
-        old = table.find(key)
-        if not old and words[NUM_ENTRIES] >= self._geometry.max_entries:  # others filled up while we were copying
-            victim = next(self._candidates_locked(), 0)
-            self._evict_locked([victim] if victim else [])
-        words[DIRTY] = 1
-        if old and times is None and table.is_same(old, *table.told_by(slot)) and table.begin_change(old):
-            table.halves[record] = FREE  # first: two records must not have the same blocks
-            self._swap_locked(old, *table.extent(slot))
-            table.release(slot)
-            slot = old
-        else:
-            if times is not None:
-                table.floats[(record >> 1) + W_CREATED], table.floats[(record >> 1) + W_ACCESSED] = times
-            count = self._uses_locked(key, old) if access_count is None else access_count
-            self._enter_locked(slot, old, count, words[(record >> 1) + W_PRIORITY])
-        words[NUM_BUSY] -= 1
-        self._writes.discard(token)
-        del self._holds[token]
-        words[DIRTY] = 0
-        return slot
-
-    def _uses_locked(self, key: bytes, old: int) -> int:
-        """Return the use count that a value begins with: that of the one it replaces, or of its ghost."""
-        return self._order.numbers_locked(old)[1] if old else self._order.recall_locked(key)
-
-    def _enter_locked(self, slot: int, old: int, count: int, priority: int) -> None:
-        """Make a record that has been filled in an entry, in place of `old`. DIRTY is set."""
-        table, order, words = self._table, self._order, self._words
-        order.stamp_locked(slot, count, priority)
-        table.complete(slot)
-        if old:
-            self._drop_locked(old)
-        table.link(slot)
-        order.link_locked(slot)
-        words[NUM_ENTRIES] = words[NUM_ENTRIES] + 1
-        words[PUTS] = words[PUTS] + 1
+    def _commit(self, token: int, saved: Saved | None = None, keep_pinned: bool = False, checksum: int = 0) -> None:
+        """Make the value that `token` reserves an entry, see `Index.commit`."""
+        self._locked(Index.commit, token, saved, keep_pinned, checksum, after_close=True)
 
     def allocate(
         self,
@@ -4890,7 +5401,7 @@ class KVCachePool:
                 if use > 0:
                     value = self._memory[offset : offset + size]
                     if table.is_current(use):
-                        if not table.note_use(use, next(self._use_numbers)):
+                        if not self._uses.note(use, next(self._use_numbers)):
                             self._note_late(use)
                         return value
                 elif not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes and self._count_miss():
@@ -4899,21 +5410,20 @@ class KVCachePool:
             pass
         token = next(self._tokens)
         try:
-            found = self._get(encoded, token)
+            found = self._locked(Index.get, encoded, token)
             if isinstance(found, tuple):
                 offset, size = found
                 found = self._memory[offset : offset + size]
                 self._release_pin(token)
         except BaseException:
-            self._untidy.append(token)
-            self._tidy_up()
+            self._due.append(token)
+            self._settle_due()
             raise
         return found
 
     def _may_read_unlocked(self) -> bool:
         """Return True if this machine allows it, and nothing of this handle has to be put in order first."""
-        nothing_due = not (self._untidy or self._gone_views or self._closing)
-        return nothing_due and LOADS_IN_ORDER and bool(_own_process[0])
+        return not (self._due or self._closing) and LOADS_IN_ORDER and bool(_own_process[0])
 
     def _look_up(self, key: bytes) -> tuple[int, int]:
         """(slot or 0, CHANGES for which that is true), without the lock; (0, -1) if that can't be told without it.
@@ -4923,7 +5433,7 @@ class KVCachePool:
         try:
             words = self._words
             changes: int = words[CHANGES]
-            unchanged = not (words[DIRTY] or self._untidy or self._gone_views or self._closing)
+            unchanged = not (words[DIRTY] or self._due or self._closing)
             if unchanged and LOADS_IN_ORDER and _own_process[0]:
                 slot = self._table.find(key)
                 if not words[DIRTY] and words[CHANGES] == changes:
@@ -4935,74 +5445,27 @@ class KVCachePool:
     def _note_late(self, use: int) -> None:
         """Note a use of an entry that found no place, once all that are noted have been counted under the lock."""
         with contextlib.suppress(CacheError, IndexError, ValueError):  # a signal handler inside a call; closed; forked
-            self._count_uses()
-            self._table.note_use(use, next(self._use_numbers))
-
-    @_locked
-    def _count_uses(self) -> None:
-        """Count what readers have noted, also where one has died before it set USED."""
-        self._count_uses_locked()
+            self._locked(Index.catch_up)
+            self._uses.note(use, next(self._use_numbers))
 
     def _count_miss(self) -> bool:
         """Count a miss without the lock; False if that can't be done, or the pool also records accesses."""
         with self._mutex:  # not a lock of the parent's: the caller has just looked
-            if self._segment is None or self._closing or self._untidy or self._is_locked or self._recorded:
+            if self._segment is None or self._closing or self._due or self._is_locked or not self._is_lock_free:
                 return False
             try:
-                self._table.count_miss()
+                self._uses.count_miss()
             except (PoolClosedError, IndexError, ValueError):  # a signal handler has just closed the pool, or forked
                 return False
             return True
 
-    @_locked
-    def _get(self, key: bytes, token: int) -> bytes | tuple[int, int] | None:
-        """Return the value, or if it is large (offset, size) of it, pinned."""
-        slot = self._use_locked(key)
-        if not slot:
-            return None
-        offset, size = self._table.place(slot)
-        if size <= COPY_UNDER_LOCK:
-            return self._memory[offset : offset + size]
-        self._read_locked(slot, token)
-        return offset, size
-
-    def _use_locked(self, key: bytes) -> int:
-        """Find an entry and count a use of it, or a miss (0)."""
-        table, words = self._table, self._words
-        slot = table.find(key)
-        if self._recorded:
-            self._record_locked(key, slot, True)
-        if not slot:
-            table.count_miss()
-            return 0
-        words[DIRTY] = 1
-        self._order.touch_locked(slot)
-        words[DIRTY] = 0
-        table.set_accessed(slot, time.time())
-        words[HITS] = words[HITS] + 1
-        return slot
-
-    def _record_locked(self, key: bytes, slot: int, is_first: bool) -> None:
-        """Note an access: a hit, or a miss (0), the first of its request or not. A crash leaves it out."""
-        words = self._words
-        number = words[RECORDED]
-        at = self._accesses + 2 * (number % self._recorded)
-        size = self._table.place(slot)[1] if slot else 0
-        words[at] = key_digest(key)
-        words[at + 1] = size << 2 | is_first << 1 | bool(slot)
-        words[RECORDED] = number + 1
-
-    @_locked
     def recorded_requests(self) -> tuple[list[list[int]], dict[int, int], float]:
         """Return (requests, blocks of each key, hit rate) of the last accesses, oldest first; keys are digests.
 
         A request is one `get` or `view`, or the path of one `PrefixCache.load`, root first. A key that was never there
         counts one block. Empty for a pool that was not made to record.
         """
-        number, kept = self._words[RECORDED], self._recorded
-        ring = self._words[self._accesses : self._accesses + 2 * kept].tolist()
-        begin = 2 * (number % kept) if kept and number > kept else 0
-        ring = ring[begin : 2 * number] + ring[:begin]
+        ring = self._locked(Index.recorded)
         requests: list[list[int]] = []
         blocks: dict[int, int] = {}
         hits = 0
@@ -5026,9 +5489,9 @@ class KVCachePool:
 
     def _open_view(self, key: bytes, token: int, counts: bool, is_writable: bool) -> memoryview | None:
         """Return a view of an entry, pinned as `token`; without the lock if this handle has no other such view."""
-        if self._is_lock_free and not self._reader and _own_process[0]:
+        if self._is_lock_free and not self._pins.named and _own_process[0]:
             with self._mutex:  # other threads use the same word to pin
-                if not (self._reader or self._is_locked) and self._may_read_unlocked():
+                if not (self._pins.named or self._is_locked) and self._may_read_unlocked():
                     try:
                         self._is_locked = True  # a signal handler must not use the word, nor look at half a pin
                         use, view, is_pinned = self._pin_unlocked(key, token, is_writable)
@@ -5036,7 +5499,7 @@ class KVCachePool:
                         self._is_locked = False
                     if is_pinned:
                         try:
-                            is_noted = not counts or self._table.note_use(use, next(self._use_numbers))
+                            is_noted = not counts or self._uses.note(use, next(self._use_numbers))
                         except (IndexError, ValueError):  # a signal handler has just forked: this is the child
                             is_noted = True
                         if not is_noted:
@@ -5046,14 +5509,17 @@ class KVCachePool:
                         self._close_view(token, view, cast(memoryview, view.obj))
                     elif use == 0 and (not counts or self._count_miss()):
                         return None
-        return self._view_locked(key, token, counts, is_writable)
+        place = self._locked(Index.hold, key, token, counts)
+        if place is None:
+            return None
+        return self._lend(self._mapped.buffer if is_writable else self._mapped.read_only, *place, token)
 
     def _pin_unlocked(self, key: bytes, token: int, is_writable: bool) -> tuple[int, memoryview | None, bool]:
         """(use, view, whether it is of that use still) of an entry, pinned by the session's word; use 0: there is none.
 
         -1: that can't be done without the lock.
         """
-        segment, table, words = self._segment, self._table, self._words
+        segment, table, words, pins = self._segment, self._table, self._words, self._pins
         try:
             if segment is None:
                 return -1, None, False
@@ -5063,56 +5529,16 @@ class KVCachePool:
                 is_missing = not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes
                 return (0 if is_missing else -1), None, False
             view = self._lend(segment.buffer if is_writable else segment.read_only, offset, size, token)
-            self._holds[token] = use & 0xFFFFFFFF
-            self._reader = token
-            table.read(use & 0xFFFFFFFF)
-            _new_lock().acquire()  # see `EntryTable.begin_change`
+            pins.held[token] = slot = use & 0xFFFFFFFF
+            pins.named = token
+            pins.name(slot)
+            _new_lock().acquire()  # see `Index._begin_change`
             return use, view, table.is_current(use)
         except (PoolClosedError, IndexError, ValueError):
-            self._holds.pop(token, None)
-            if self._reader == token:
-                self._reader = 0
+            self._held.pop(token, None)
+            if pins.named == token:
+                pins.named = 0
             return -1, None, False
-
-    @_locked
-    def _view_locked(self, key: bytes, token: int, counts: bool, is_writable: bool) -> memoryview | None:
-        slot = self._use_locked(key) if counts else self._table.find(key)
-        segment = self._segment
-        if not slot or segment is None:
-            return None
-        view = self._lend(segment.buffer if is_writable else segment.read_only, *self._table.place(slot), token)
-        self._read_locked(slot, token)
-        return view
-
-    def _lend(self, memory: memoryview, offset: int, size: int, token: int) -> memoryview:
-        """Return a view to hand out. When its last user has gone without ending it, the next call notices.
-
-        All slices of one memoryview count as one buffer, and an array made from a slice holds just that. By way of
-        PickleBuffer (which pickles nothing) the view gets a buffer of its own, with the slice as its owner: the slice
-        can be released, or dies, when the view and all that was made from it have gone.
-        """
-        owner = memory[offset : offset + size]
-        ref = _ViewRef(owner, self._gone_views.append)
-        ref.token = token
-        self._view_refs[token] = ref
-        return memoryview(PickleBuffer(owner))
-
-    def _close_view(self, token: int, view: memoryview, owner: memoryview) -> None:
-        if not _own_process[0]:
-            _adopt_pools()
-        if _take_back(view, owner):
-            if token in self._holds:
-                self._release_pin(token)
-            self._view_refs.pop(token, None)
-            return
-        with self._mutex:  # the pin stays until the arrays that were made from it go
-            if self._closing:
-                self._outlive()
-            elif token == self._reader:
-                self._reader_ref = weakref.ref(owner, self._reader_gone)
-            else:
-                gone = functools.partial(_array_gone, weakref.ref(self), token)
-                self._array_refs[token] = weakref.ref(owner, gone)
 
     def pin(self, key: str) -> bool:
         """Keep the value that is there now from being evicted or moved until `unpin` or `close`; False if none is.
@@ -5122,32 +5548,31 @@ class KVCachePool:
         encoded = encode_key(key)
         token = next(self._tokens)
         try:
-            return self._pin(encoded, token)
+            is_there = self._locked(Index.pin, encoded, token)
+            with self._mutex:
+                if is_there:
+                    self._pins_by_key.setdefault(encoded, []).append(token)
+            return is_there
         except BaseException:
-            self._untidy.append(token)
-            self._tidy_up()
+            self._due.append(token)
+            self._settle_due()
             raise
 
-    @_locked
-    def _pin(self, key: bytes, token: int) -> bool:
-        slot = self._table.find(key)
-        if slot:
-            self._pins_by_key.setdefault(key, []).append(token)
-            self._pin_locked(slot, token)
-        return bool(slot)
-
-    @_locked
     def unpin(self, key: str) -> bool:
-        """Take back one `pin` of this handle; False if it has none on that key."""
+        """End one `pin` of this handle; False if it has none on that key."""
         encoded = encode_key(key)
-        tokens = [token for token in self._pins_by_key.get(encoded, ()) if token in self._holds]
-        if not tokens:
-            return False
-        self._unpin_locked(tokens[0])  # first: an interrupt must not lose the others
-        if tokens[1:]:
-            self._pins_by_key[encoded] = tokens[1:]
-        else:
-            del self._pins_by_key[encoded]
+        if not _own_process[0]:
+            _adopt_pools()
+        with self._mutex:
+            self._check_open()
+            tokens = [token for token in self._pins_by_key.get(encoded, ()) if token in self._held]
+            if not tokens:
+                return False
+            self._locked(Index.unpin, tokens[0])  # first: an interrupt must not lose the others
+            if tokens[1:]:
+                self._pins_by_key[encoded] = tokens[1:]
+            else:
+                del self._pins_by_key[encoded]
         return True
 
     # --- tensors -----------------------------------------------------------------------------------------------------
@@ -5188,7 +5613,6 @@ class KVCachePool:
 
     # --- paths -------------------------------------------------------------------------------------------------------
 
-    @_locked
     def touch(self, keys: Sequence[str], ends_prompt: bool = False) -> int:
         """Count a use of the entries of one path, root first, up to the first that is missing; returns how many.
 
@@ -5196,14 +5620,7 @@ class KVCachePool:
         `ends_prompt` tells ADAPTIVE that the last one holds the end of a prompt, which is seldom used again.
         """
         check_keys(keys)
-        path = self._path_locked([encode_key(key) for key in keys])
-        return len(self._touch_path_locked(path, (), ends_prompt and len(path) == len(keys)))
-
-    @_locked
-    def _requeue(self, keys: Sequence[bytes]) -> None:
-        """Put the entries of a path in the order that `touch` gives them, without counting a use."""
-        path = self._path_locked(keys)
-        self._touch_path_locked(path, frozenset(path))
+        return self._locked(Index.touch, [encode_key(key) for key in keys], ends_prompt)
 
     def count_path(self, keys: Sequence[str]) -> int:
         """Return how many of these keys are there before the first that is missing; changes nothing.
@@ -5217,7 +5634,7 @@ class KVCachePool:
             some = encoded[count : count + KEYS_A_LOOK]
             found = self._count_unlocked(some)
             if found < 0:
-                found = self._count_path(some)
+                found = self._locked(Index.count_path, some)
             count += found
             if found < len(some):
                 break
@@ -5242,90 +5659,45 @@ class KVCachePool:
                     return count
         return -1
 
-    @_locked
-    def _count_path(self, keys: list[bytes]) -> int:
-        return len(self._path_locked(keys))
-
-    def _path_locked(self, keys: Iterable[bytes]) -> list[int]:
-        return list(itertools.takewhile(bool, map(self._table.find, keys)))
-
-    def _touch_path_locked(self, path: list[int], unused: Container[int] = (), ends_prompt: bool = False) -> list[int]:
-        self._words[DIRTY] = 1
-        self._order.touch_path_locked(path, unused, ends_prompt)
-        self._words[DIRTY] = 0
-        now = time.time()
-        for slot in path:
-            self._table.set_accessed(slot, now)
-        return path
-
-    @_locked
     def _open_path(self, keys: Sequence[bytes], token: int) -> list[tuple[memoryview, CacheEntry, int]]:
         """Pin and use the leading run of these keys: (view, entry, checksum) of each; pins are token, token + 1, ..."""
-        assert self._segment is not None
-        path = self._touch_path_locked(self._path_locked(keys))
-        self._words[HITS] += len(path)
-        if len(path) < len(keys):
-            self._table.count_miss()
-        for number, key in enumerate(keys if self._recorded else ()):
-            self._record_locked(key, path[number] if number < len(path) else 0, not number)
         opened = []
-        for number, slot in enumerate(path):
-            entry = self._entry_locked(slot)
-            view = self._lend(self._segment.buffer, entry.offset, entry.size, token + number)
-            self._pin_locked(slot, token + number)
-            opened.append((view, entry, self._table.halves[self._table.record(slot) + R_CHECKSUM]))
+        for number, copy in enumerate(self._locked(Index.use_path, keys, token)):
+            entry = self._decode(copy)
+            view = self._lend(self._buffer, entry.offset, entry.size, token + number)
+            opened.append((view, entry, RECORD.unpack_from(copy, COPY_RECORD_AT)[10]))
         return opened
 
-    @_locked_after_close
     def _close_path(self, views: Sequence[memoryview], token: int) -> None:
-        for number, view in enumerate(views):
-            if _take_back(view, cast(memoryview, view.obj)):  # else see `_close_view`: an error's traceback has arrays
-                if token + number in self._holds:
-                    self._unpin_locked(token + number)
-                self._view_refs.pop(token + number, None)
-
-    @_locked_after_close
-    def _unpin_many(self, tokens: Iterable[int]) -> None:
-        for token in tokens:
-            if token in self._holds:
-                self._unpin_locked(token)
+        tokens = []
+        for number, view in enumerate(views, token):
+            owner = cast(memoryview, view.obj)
+            if _take_back(view, owner):  # else see `_close_view`: an error's traceback has arrays
+                self._view_refs.pop(number, None)
+                tokens.append(number)
+        try:
+            self._locked(Index.unpin, *tokens, after_close=True)
+        except BaseException:
+            self._due.extend(tokens)
+            self._settle_due()
+            raise
 
     @property
     def _buffer(self) -> memoryview:
-        assert self._segment is not None
-        return self._segment.buffer
-
-    @_locked
-    def _pin_same(self, key: bytes, size: int, tensor: bytes, token: int) -> bool:
-        """Pin the entry if it is there with that size and tensor description."""
-        slot = self._table.find(key)
-        same = slot and self._words[(self._table.record(slot) >> 1) + W_SIZE] == size
-        if not same or self._table.texts(slot)[2] != tensor:
-            return False
-        self._pin_locked(slot, token)
-        return True
+        return self._mapped.buffer
 
     # --- removing ----------------------------------------------------------------------------------------------------
 
-    @_locked
     def delete(self, key: str) -> bool:
-        """Remove an entry; False if there is none. Who reads it just then may finish."""
-        slot = self._table.find(encode_key(key))
-        if slot:
-            self._delete_locked(slot)
-        return bool(slot)
-
-    def _delete_locked(self, slot: int) -> None:
-        self._words[DIRTY] = 1
-        self._drop_locked(slot)
-        self._words[DIRTY] = 0
+        """Remove an entry; False if there is none. Readers of it at that moment may finish."""
+        return self._locked(Index.delete, encode_key(key))
 
     def clear(self) -> int:
         """Remove all entries; returns how many. Statistics stay.
 
         Works in steps, between which others get the lock: an entry that is put meanwhile may stay.
         """
-        return len(self._sweep(self._delete_locked))
+        return len(self._sweep(Index.remove))
 
     def evict(self, percent: float) -> int:
         """Evict that share of the entries (0 to 100, rounded down to whole entries) in policy order; returns how many.
@@ -5334,75 +5706,13 @@ class KVCachePool:
         """
         if isinstance(percent, bool) or not isinstance(percent, (int, float)) or not 0 <= percent <= 100:
             raise InvalidArgumentError(f"percent {_show(percent)} must be a number from 0 to 100")
-        wanted = int(self._count() * percent / 100)
+        wanted = int(self._locked(Index.count) * percent / 100)
         evicted = 0
-        while evicted < wanted and (count := self._evict_step(min(wanted - evicted, ENTRIES_A_STEP))):
+        while evicted < wanted and (count := self._locked(Index.evict_some, min(wanted - evicted, ENTRIES_A_STEP))):
             evicted += count
             if evicted < wanted:
                 self._give_way()
         return evicted
-
-    @_locked
-    def _evict_step(self, wanted: int) -> int:
-        victims = list(itertools.islice(self._candidates_locked(), wanted))
-        if len(victims) < wanted and self._reap_locked():
-            victims = list(itertools.islice(self._candidates_locked(), wanted))
-        self._evict_locked(victims)
-        return len(victims)
-
-    # --- in steps ----------------------------------------------------------------------------------------------------
-
-    def _sweep(self, work: Callable[[int], _R]) -> list[_R]:
-        """Return what `work` returns for the slot of each entry, under the lock, which others get in between.
-
-        An entry that is there throughout is seen exactly once, also if it is overwritten meanwhile. The results are as
-        of slightly different moments.
-        """
-        found: list[_R] = []
-        chain, end = 0, self._geometry.num_slots
-        while chain < end:
-            if chain:
-                self._give_way()
-            some, chain = self._sweep_step(chain, work)
-            found += some
-        return found
-
-    @_locked
-    def _sweep_step(self, chain: int, work: Callable[[int], _R]) -> tuple[list[_R], int]:
-        slots, chain = self._table.chains(chain, ENTRIES_A_STEP)
-        return [work(slot) for slot in slots], chain
-
-    def _give_way(self) -> None:
-        """Let others have the lock between two steps. A waiter that was stopped or killed is not waited for long."""
-        time.sleep(STEP_PAUSE)
-        for _ in range(MAX_PAUSES):
-            if not self._word(WAITED_FOR):
-                return
-            time.sleep(STEP_PAUSE)
-        self._forget_waiter()
-
-    @_locked
-    def _forget_waiter(self) -> None:
-        self._words[WAITED_FOR] = 0
-
-    def _word(self, number: int) -> int:
-        """Read a word of the header without the lock; PoolClosedError if another thread closes the pool just now."""
-        try:
-            return int(self._words[number])
-        except ValueError:
-            raise PoolClosedError.of(self.name) from None
-
-    @_locked
-    def _num_used(self) -> int:
-        return len(self._table.used())
-
-    def _ranges(self) -> Iterator[range]:
-        """Return all slots that were ever used, so many at a time as may be passed over under one lock."""
-        end = self._num_used() + 1
-        for begin in range(1, end, SLOTS_A_STEP):
-            if begin > 1:
-                self._give_way()
-            yield range(begin, min(begin + SLOTS_A_STEP, end))
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -5442,7 +5752,7 @@ class KVCachePool:
                 if not self._may_read_unlocked() or words[DIRTY] or words[USED]:
                     break
                 use, _, _ = table.find_use(encoded)
-                copy = self._copy_locked(use & 0xFFFFFFFF) if use > 0 else b""
+                copy = self._index.copy(use & 0xFFFFFFFF) if use > 0 else b""
                 if words[DIRTY] or words[CHANGES] != changes or use < 0 or (copy and not table.is_current(use)):
                     continue
                 return self._decode(copy) if copy else None
@@ -5456,10 +5766,10 @@ class KVCachePool:
         """
         prefix = _encode_prefix(prefix_hash)
 
-        def copy(slot: int) -> bytes:
-            return self._copy_locked(slot) if self._table.has_prefix(slot, prefix) else b""
+        def copy(index: Index, slot: int) -> bytes:
+            return index.copy(slot) if index.table.has_prefix(slot, prefix) else b""
 
-        found = self._find_prefix(prefix)
+        found = self._locked(Index.describe_prefix, prefix)
         if found is None:
             found = self._sweep(copy)
         return sorted((self._decode(copy) for copy in found if copy), key=lambda entry: entry.created_at)
@@ -5467,20 +5777,14 @@ class KVCachePool:
     def count_by_prefix(self, prefix_hash: str) -> int:
         """Return how many entries were stored with that prefix hash. Cost and steps as for `find_by_prefix`."""
         prefix = _encode_prefix(prefix_hash)
-        found = self._find_prefix(prefix)
+        found = self._locked(Index.describe_prefix, prefix)
         if found is not None:
             return len(found)
-        return sum(self._sweep(lambda slot: self._table.has_prefix(slot, prefix)))
+        return sum(self._sweep(lambda index, slot: index.table.has_prefix(slot, prefix)))
 
-    @_locked
-    def _find_prefix(self, prefix: bytes) -> list[bytes] | None:
-        slots = self._table.find_prefix(prefix, ENTRIES_A_STEP)
-        return None if slots is None else [self._copy_locked(slot) for slot in slots]
-
-    @_locked
     def _describe(self, key: bytes) -> CacheEntry | None:
-        slot = self._table.find(key)
-        return self._entry_locked(slot) if slot else None
+        copy = self._locked(Index.describe, key)
+        return self._decode(copy) if copy else None
 
     def _describe_all(self) -> list[CacheEntry]:
         """Return all entries, next victim first; noted in steps, between which others get the lock."""
@@ -5488,32 +5792,14 @@ class KVCachePool:
 
     def _copy_all(self) -> list[bytes]:
         """Copies of all entries, for `_decode`, next victim first; made in steps, between which others get the lock."""
-        note_of = self._order.note_of
-        noted = [(note_of(*COPY_ORDER.unpack_from(copy)), copy) for copy in self._sweep(self._copy_locked)]
-        return in_victim_order(noted, self._waste_now())
-
-    @_locked
-    def _waste_now(self) -> Callable[[int, int, int, int], float] | None:
-        return self._order.waste_now_locked() if self._order.is_adaptive else None
-
-    @_locked
-    def _count(self) -> int:
-        return int(self._words[NUM_ENTRIES])
-
-    def _copy_locked(self, slot: int) -> bytes:
-        """Return what the segment says of an entry, for `_decode`.
-
-        Making thousands of objects under the lock would start garbage collections there, and others would wait.
-        """
-        return self._order.copy_locked(slot) + slot.to_bytes(4, "little") + self._table.copy(slot)
-
-    def _entry_locked(self, slot: int) -> CacheEntry:
-        return self._decode(self._copy_locked(slot))
+        note_of = self._index.order.note_of
+        noted = [(note_of(*COPY_ORDER.unpack_from(copy)), copy) for copy in self._sweep(Index.copy)]
+        return in_victim_order(noted, self._locked(Index.waste_now))
 
     def _decode(self, copy: bytes) -> CacheEntry:
-        """Return the entry, from what `_copy_locked` says of it."""
+        """Return the entry, from what `Index.copy` says of it."""
         key, prefix, tensor, start, size, created, accessed, count, priority, tokens, layer = read_copy(copy)
-        offset = self._data_offset + start * self._geometry.block_size
+        offset = self._geometry.data_offset + start * self._geometry.block_size
         entry = CacheEntry(key, prefix, offset, size, created, accessed, count, priority, tokens, layer)
         if tensor:
             entry.framework, _, described = tensor.partition(":")
@@ -5527,78 +5813,31 @@ class KVCachePool:
         Works in steps, between which others get the lock.
         """
         num_blocks = self._geometry.blocks_for(check_int("size", size, 0))
-        need_slot = self._needs_slot()
+        need_slot = self._locked(Index.needs_slot)
         fixed: list[Extent] = []
         for among in self._ranges():
-            some, evictable = self._fixed(among)
+            some, evictable = self._locked(Index.fixed, among)
             fixed += some
             need_slot = need_slot and not evictable
         return not need_slot and widest_section(fixed, self._geometry.num_blocks) >= num_blocks
-
-    @_locked
-    def _needs_slot(self) -> bool:
-        """Return True if a new entry needs the place of another one."""
-        self._reclaim_locked()
-        return self._is_full_locked()
-
-    @_locked
-    def _fixed(self, among: range) -> tuple[list[Extent], bool]:
-        return self._fixed_locked(among)
-
-    def _fixed_locked(self, among: range) -> tuple[list[Extent], bool]:
-        """Return (the extents in use of some slots; whether any of them could be evicted)."""
-        table = self._table
-        pinned = [slot for slot in table.pinned(among) if table.halves[table.record(slot)] == COMPLETE]
-        busy = table.slots(WRITING, CONDEMNED, among=among)
-        return [(*table.extent(slot), slot) for slot in pinned + busy], table.count(COMPLETE, among) > len(pinned)
 
     def get_stats(self) -> dict[str, Any]:
         """Size, use, hits and more; see the README for every key. Reclaims what dead processes left.
 
         The pinned entries are counted in steps, between which others get the lock.
         """
-        self._reap()
-        stats = self._count_all()
-        stats["pinned_entries"] = sum(map(self._count_pinned, self._ranges()))
-        return stats
-
-    @_locked
-    def _count_pinned(self, among: range) -> int:
-        halves, record = self._table.halves, self._table.record
-        return sum(halves[record(slot)] == COMPLETE for slot in self._table.pinned(among))
-
-    @_locked
-    def _count_all(self) -> dict[str, Any]:
-        assert self._segment is not None
-        self._reclaim_locked()
-        geometry, words = self._geometry, self._words
-        allocated, total = self._allocator.get_usage()
-        hits, misses = words[HITS], self._table.misses()
-        largest = self._allocator.largest_free_run()
-        free = total - allocated
+        self._settle_dead()
+        stats, geometry = self._locked(Index.stats), self._geometry
         return {
             "name": self.name,
             "size_bytes": geometry.size_bytes,
             "data_size_bytes": geometry.num_blocks * geometry.block_size,
             "block_size": geometry.block_size,
-            "total_blocks": total,
-            "allocated_blocks": allocated,
-            "free_blocks": free,
-            "utilization_percent": 100 * allocated / total,
-            "entry_count": words[NUM_ENTRIES],
             "policy": self._config.eviction_policy,
-            "adaptive_weights": self._order.weights_locked() if self._order.is_adaptive else None,
             "tier": self._config.tier,
             "max_entries": geometry.max_entries,
-            "hits": hits,
-            "misses": misses,
-            "hit_rate": hits / (hits + misses) if hits + misses else 0.0,
-            "puts": words[PUTS],
-            "evictions": words[EVICTIONS],
-            "pinned_entries": 0,
-            "largest_free_run": largest,
-            "fragmentation": 1 - largest / free if free else 0.0,
-            "attached_pids": sorted(set(self._segment.session_pids().values())),
+            **stats,
+            "pinned_entries": sum(self._locked(Index.count_pinned, among) for among in self._ranges()),
         }
 
     # --- the policy --------------------------------------------------------------------------------------------------
@@ -5613,99 +5852,47 @@ class KVCachePool:
         lock: about 11 us an entry.
         """
         policy, weights = split_policy(policy)
-        self._set_policy(policy, pack_weights(weights))
+        with self._mutex:  # no other thread closes the segment meanwhile
+            self._check_open()
+            ghosts = self._mapped.map_ghosts() if policy is EvictionPolicy.ADAPTIVE else None
+        self._locked(Index.set_policy, policy, pack_weights(weights), ghosts)
+        self._join()
 
-    @_locked
-    def _set_policy(self, policy: EvictionPolicy, packed_weights: int) -> None:
-        assert self._segment is not None
-        if policy is EvictionPolicy.ADAPTIVE:
-            self._segment.map_ghosts()
-        self._order.configure_locked(packed_weights)
-        if policy is self._order.policy:
-            return
-        words = self._words
-        words[DIRTY] = 1
-        self._order.forget_ends_locked(self._table.slots(COMPLETE))
-        words[POLICY] = 1 + list(EvictionPolicy).index(policy)
-        self._follow_policy_locked()
-        self._rebuild_locked()
-
-    @_locked
     def configure_adaptive(self, weights: Mapping[str, float] | None) -> None:
         """Let adaptive go by fixed weights, in every process: `recency_weight`, `frequency_weight`, `size_weight`.
 
         Missing weights are 0; weights are normalised to sum to 1. None: by reuse gaps again, as at first.
         InvalidArgumentError for other names or values, or while the policy is another one.
         """
-        packed = pack_weights(weights)
-        if not self._order.is_adaptive:
+        policy = self._locked(Index.configure_adaptive, pack_weights(weights))
+        if policy is not EvictionPolicy.ADAPTIVE:
             raise InvalidArgumentError(
-                f"pool {self.name!r} has policy {self._order.policy.value}: call set_eviction_policy('adaptive') first"
+                f"pool {self.name!r} has policy {policy.value}: call set_eviction_policy('adaptive') first"
             )
-        self._order.configure_locked(packed)
 
     # --- care --------------------------------------------------------------------------------------------------------
 
-    @_locked
     def check(self, fix: bool = False) -> list[str]:
         """Compare everything derived with the records; the problems found, none in a sound pool.
 
         With `fix` all of it is rebuilt, and records that can't be right are dropped. What dead processes left is
         reclaimed first. Holds the lock throughout: about a second for 100,000 entries.
         """
-        self._reclaim_locked()
-        self._settle_locked({})
-        table, order = self._table, self._order
-        problems, entries, others = self._sound_records_locked()
-        problems += table.check(entries, sorted(others))
-        problems += order.check_locked(entries)
-        expected = BitmapAllocator(self._geometry.num_blocks)
-        expected.rebuild_locked(table.extent(slot) for slot in (*entries, *others))
-        if expected.to_bytes() != self._allocator.to_bytes():
-            problems.append("the bitmap and the records disagree on which blocks are in use")
-        if expected.get_usage() != self._allocator.get_usage():
-            problems.append(
-                f"the header counts {self._words[ALLOCATED]} blocks in use, there are {expected.get_usage()[0]}"
-            )
-        if not self._allocator.hints_are_true():
-            problems.append("the free-block hint is past the first free block or run")
-        if self._words[MOVE_SLOT]:
-            problems.append(f"a move of slot {self._words[MOVE_SLOT]} is under way, outside of any change")
-        if fix and problems:
-            self._rebuild_locked()
-        return problems
+        return self._locked(Index.check, fix)
 
     def defragment(self) -> int:
         """Move entries that nobody uses together, so that free blocks are too; returns how many entries moved.
 
         Works in steps of up to 4 MiB, or one larger entry, between which others get the lock.
         """
-        slots = [slot for _, slot in sorted(self._sweep(lambda slot: (self._table.extent(slot), slot)))]
+        slots = [slot for _, slot in sorted(self._sweep(lambda index, slot: (index.table.extent(slot), slot)))]
         moved = done = 0
         while done < len(slots):
             if done:
                 self._give_way()
-            count, done = self._defragment_step(slots, done)
+            count, done = self._locked(Index.defragment, slots, done)
             moved += count
         return moved
-
-    @_locked
-    def _defragment_step(self, slots: Sequence[int], begin: int) -> tuple[int, int]:
-        """(how many of these slots, from number `begin` on, were moved to the left; the number of the next one)."""
-        table, moved, budget = self._table, 0, STEP_BYTES // self._geometry.block_size
-        self._reap_locked()
-        for number in range(begin, min(begin + ENTRIES_A_STEP, len(slots))):
-            slot = slots[number]
-            if table.halves[table.record(slot)] == COMPLETE and not table.is_pinned(slot):
-                start, num_blocks = table.extent(slot)
-                gap = self._allocator.free_before_locked(start)
-                if gap:
-                    if moved and (num_blocks > budget or moved == MOVES_A_STEP):
-                        return moved, number
-                    self._move_locked(slot, start - gap)
-                    budget -= num_blocks
-                    moved += 1
-        return moved, min(begin + ENTRIES_A_STEP, len(slots))
 
     # --- snapshots ---------------------------------------------------------------------------------------------------
 
@@ -5726,6 +5913,7 @@ class KVCachePool:
         return True
 
     def _persist(self, path: str, progress: Progress | None) -> int:
+        """Do what `persist` does; returns how many entries were written."""
         parent = os.path.dirname(os.path.abspath(path))
         with _os_errors(f"make the directory {parent}"):
             os.makedirs(parent, exist_ok=True)
@@ -5736,42 +5924,6 @@ class KVCachePool:
             total += size
             room += header_room(copy[text_at : text_at + key_bytes + prefix_bytes + tensor_bytes])
         return write_snapshot(path, self._config, copies, total, room, _PoolReader(self), progress)
-
-    @_locked
-    def _copy_small(self, copies: list[bytes]) -> tuple[list[bytes], list[bytes]]:
-        """Return (copies of entries as they are now, copies of values), as many as make up a MiB.
-
-        b"" twice for an entry that has gone. It ends with a large value: the entry, without a copy of the value.
-        """
-        table, memory, unpack = self._table, self._memory, COPY_SIZES.unpack_from
-        now: list[bytes] = []
-        values: list[bytes] = []
-        room = COPY_CHUNK
-        for noted in copies:
-            copy = noted
-            slot, size, start, _, _, _ = unpack(copy)
-            if table.copy(slot) != copy[COPY_RECORD_AT:]:  # used, replaced or gone since it was noted
-                slot = table.find(copied_key(copy).encode())
-                if not slot:
-                    now.append(b"")
-                    values.append(b"")
-                    continue
-                copy = self._copy_locked(slot)
-                _, size, start, _, _, _ = unpack(copy)
-            room -= size
-            if size > COPY_UNDER_LOCK:
-                now.append(copy)
-                break
-            if room < 0:
-                break
-            now.append(copy)
-            offset = self._data_offset + start * self._geometry.block_size
-            values.append(memory[offset : offset + size])
-        return now, values
-
-    @_locked
-    def _copy_held(self, token: int) -> bytes:
-        return self._copy_locked(self._holds[token])
 
     @classmethod
     def restore(
@@ -5794,55 +5946,6 @@ class KVCachePool:
         """
         found = restore_snapshot(check_path(path), _real_store_path(store_path), True, name, changes, salvage, progress)
         return found[0] if found else None
-
-    def _restore_order(self, snapshot: Snapshot, items: list[SnapshotEntry]) -> list[SnapshotEntry]:
-        """First what this pool's policy would evict first, so that where room is short the right ones stay."""
-        policy = self._order.policy
-        if snapshot.config is not None and snapshot.config.eviction_policy == policy.value:
-            return items  # in that order already
-        rank, is_fifo = POLICY_KEY[policy], policy is EvictionPolicy.FIFO
-
-        def turn(item: SnapshotEntry) -> tuple[int, float, int]:
-            entry = item.entry
-            recency = entry.created_at if is_fifo else entry.last_accessed
-            return rank(entry.access_count, entry.priority), recency, -entry.sequence_length  # deep in a path, soon
-
-        return sorted(items, key=turn)
-
-    def _that_fit(self, items: list[SnapshotEntry]) -> list[SnapshotEntry]:
-        """Of these, first victim first, what an empty pool would keep in the end."""
-        geometry = self._geometry
-        room = geometry.num_blocks
-        kept: list[SnapshotEntry] = []
-        for item in reversed(items):
-            num_blocks = geometry.blocks_for(item.entry.size)
-            if num_blocks > geometry.num_blocks:
-                continue
-            room -= num_blocks
-            if room < 0 or len(kept) == geometry.max_entries:
-                break
-            kept.append(item)
-        return kept[::-1]
-
-    def _take(self, snapshot: Snapshot, item: SnapshotEntry) -> bool:
-        """Store one value of a snapshot."""
-        entry = item.entry
-        token = next(self._tokens)
-        try:
-            place = self._reserve(encode_key(entry.key), entry.size, snapshot_meta(entry), token)
-            if place is None:
-                return False
-            assert self._segment is not None
-            with self._segment.buffer[place[0] : place[0] + place[1]] as target:
-                if not snapshot.read(item, target):
-                    raise CorruptionError(f"{snapshot.path} changed while it was read, at entry {entry.key!r}")
-            times = (entry.created_at, entry.last_accessed)
-            self._commit(token, entry.access_count, times, checksum=item.crc32 or 0)
-        except BaseException:
-            self._untidy.append(token)
-            self._tidy_up()
-            raise
-        return True
 
 
 def _encode_prefix(prefix_hash: str) -> bytes:
@@ -5992,6 +6095,47 @@ def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: s
     return _library("numpy").frombuffer(view if is_writable else view.toreadonly(), dtype=name).reshape(shape)
 
 
+def _restore_order(config: CachePoolConfig, snapshot: Snapshot, items: list[SnapshotEntry]) -> list[SnapshotEntry]:
+    """First what the policy of a pool would evict first, so that where room is short the right ones stay."""
+    policy = EvictionPolicy(config.eviction_policy)
+    if snapshot.config is not None and snapshot.config.eviction_policy == policy.value:
+        return items  # in that order already
+    rank, is_fifo = POLICY_KEY[policy], policy is EvictionPolicy.FIFO
+
+    def turn(item: SnapshotEntry) -> tuple[int, float, int]:
+        entry = item.entry
+        recency = entry.created_at if is_fifo else entry.last_accessed
+        return rank(entry.access_count, entry.priority), recency, -entry.sequence_length  # deep in a path, soon
+
+    return sorted(items, key=turn)
+
+
+def _that_fit(config: CachePoolConfig, items: list[SnapshotEntry]) -> list[SnapshotEntry]:
+    """Of these, first victim first, what an empty pool would keep in the end."""
+    geometry = Geometry.of(config)
+    room = geometry.num_blocks
+    kept: list[SnapshotEntry] = []
+    for item in reversed(items):
+        num_blocks = geometry.blocks_for(item.entry.size)
+        if num_blocks > geometry.num_blocks:
+            continue
+        room -= num_blocks
+        if room < 0 or len(kept) == geometry.max_entries:
+            break
+        kept.append(item)
+    return kept[::-1]
+
+
+def _restore_entry(pool: KVCachePool, snapshot: Snapshot, item: SnapshotEntry) -> bool:
+    """Store one value of a snapshot; False if it does not fit."""
+    entry = item.entry
+    saved = Saved(entry.access_count, entry.created_at, entry.last_accessed, item.crc32 or 0)
+    with _Reservation(pool, encode_key(entry.key), entry.size, snapshot_meta(entry), saved) as target:
+        if target is not None and not snapshot.read(item, target):
+            raise CorruptionError(f"{snapshot.path} changed while it was read, at entry {entry.key!r}")
+        return target is not None
+
+
 def restore_snapshot(
     path: str,
     store_path: str,
@@ -6035,15 +6179,15 @@ def restore_snapshot(
                     pool = KVCachePool._open(store_path, config.name, config, **how)
                     made = True
         try:
-            items = pool._restore_order(snapshot, intact)
+            items = _restore_order(pool.config, snapshot, intact)
             if made:
-                items = pool._that_fit(items)
+                items = _that_fit(pool.config, items)
             # A pool of our own is verified as it is filled, and goes away if need be.
             if not salvage and not (made and len(items) == len(intact)):
                 snapshot.verify(progress=progress)
             stored, done, total = [], 0, sum(item.entry.size for item in items)
             for item in items:
-                if pool._take(snapshot, item):
+                if _restore_entry(pool, snapshot, item):
                     stored.append(item.entry.key)
                 done += item.entry.size
                 if made and progress is not None:
@@ -6449,7 +6593,7 @@ class PrefixCache:
                 length = (number + 1) * self.block_size
                 meta = EntryMeta.of(encoded, size, self._prefix_hash, priority, length, 0, dtype, shape, framework)
                 tokens.append(token := next(pool._tokens))
-                if pool._pin_same(encoded, size, meta.tensor, token):
+                if pool._locked(Index.pin_same, encoded, size, meta.tensor, token):
                     shared, saved = shared + 1, saved + size
                     continue
                 place = pool._reserve(encoded, size, meta, token)
@@ -6460,12 +6604,12 @@ class PrefixCache:
                     checksum = zlib.crc32(target) if self.verify else 0
                 pool._commit(token, keep_pinned=True, checksum=checksum)
                 stored += 1
-            pool._requeue([encode_key(key) for key in hashes[: stored + shared]])
-            pool._unpin_many(tokens)
+            pool._locked(Index.requeue, [encode_key(key) for key in hashes[: stored + shared]])
+            pool._locked(Index.unpin, *tokens, after_close=True)
             pool._close_if_unused()
         except BaseException:
-            pool._untidy.extend(tokens)
-            pool._tidy_up()
+            pool._due.extend(tokens)
+            pool._settle_due()
             raise
         self._count(blocks_stored=stored, blocks_shared=shared, bytes_saved=saved)
         return stored

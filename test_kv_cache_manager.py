@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import random
@@ -127,6 +128,27 @@ def run_cli(*args: str, stdin: bytes = b"", timeout: float = 60) -> subprocess.C
     """The shell, in a process of its own."""
     command = [sys.executable, MODULE, *args]
     return subprocess.run(command, input=stdin, capture_output=True, timeout=timeout, check=False)
+
+
+def index_of(pool: KVCachePool) -> kv.Index:
+    """The one way of the tests to what lies behind the handle: records, pins, order, bitmap."""
+    return pool._index
+
+
+def words_of(pool: KVCachePool) -> Any:
+    """The words of the segment: `words_of(pool)[kv.DIRTY]`, say."""
+    return index_of(pool).words
+
+
+def owner_of(pool: KVCachePool, name: str) -> Any:
+    """What has the method of that name: the handle, a room behind it, or the module."""
+    index = index_of(pool)
+    return next(owner for owner in (index.pins, index.uses, index.table, pool, index, kv) if hasattr(owner, name))
+
+
+def segment_path(pool: KVCachePool) -> str:
+    """The file of a pool."""
+    return pool._path
 
 
 def contents(pool: KVCachePool) -> dict[str, bytes | None]:
@@ -946,7 +968,7 @@ class TestSegment:
         """Make a durable pool with one entry; returns the path of its segment."""
         with CacheStore().create(make_config(**changes)) as pool:
             pool.put("key", b"value")
-            return pool._path
+            return segment_path(pool)
 
     @pytest.mark.parametrize("tier", ["cpu", "nvme"])
     def test_segment_is_private_and_named_after_the_pool(self, tier: str, store_dir: str) -> None:
@@ -1079,7 +1101,7 @@ class TestSegment:
             done = subprocess.run(script(*lines), cwd=Path(MODULE).parent, capture_output=True, check=False)
             assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
             assert os.path.exists(path)
-            assert os.path.exists(transient._path)
+            assert os.path.exists(segment_path(transient))
             assert CacheStore().list() == ["made", "pool", "transient"]
 
     def test_one_handle_too_many_is_one_clear_error(self) -> None:
@@ -1107,7 +1129,7 @@ class TestSegment:
                 assert other.delete("key 1")
             assert pool.get("key 1") is None
             assert pool.check() == []
-            path = pool._path
+            path = segment_path(pool)
         assert not os.path.exists(path)
 
     def test_a_pool_of_another_boot_is_rebuilt(self) -> None:
@@ -1138,14 +1160,14 @@ class TestSegment:
 
     def open_rebuilds(self) -> bool:
         """Return True if opening the pool rebuilds its index."""
-        real, seen = KVCachePool._rebuild_locked, []
+        real, seen = kv.Index.rebuild, []
 
-        def rebuild(pool: KVCachePool) -> Any:
-            seen.append(pool)
-            return real(pool)
+        def rebuild(index: kv.Index) -> Any:
+            seen.append(index)
+            return real(index)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(KVCachePool, "_rebuild_locked", rebuild)
+            patch.setattr(kv.Index, "rebuild", rebuild)
             KVCachePool.attach("pool").close()
         return bool(seen)
 
@@ -1164,7 +1186,7 @@ class TestSegment:
         """A crash in the middle of a `posix_fallocate` that the C library emulates leaves a file of such a length."""
         path = self.store_pool(tier="nvme")
         with KVCachePool.attach("pool") as pool:
-            geometry = pool._geometry
+            geometry = index_of(pool).geometry
         for length in (geometry.total_bytes + 1, geometry.bytes_with_ghosts - 1):
             os.truncate(path, length)
             with KVCachePool.attach("pool") as pool:
@@ -1929,16 +1951,22 @@ def fused(pool: KVCachePool, fuse: Fuse, join: bool = True) -> Iterator[None]:
     """Every write of `pool` goes through the fuse: state words, index, bitmap and data."""
     if join:
         pool._join()
+    index = index_of(pool)
+    memories = (bytes, bytearray, memoryview, mmap.mmap)
     places = [
         (owner, name)
-        for owner, names in (
-            (pool, ("_memory", "_words")),
-            (pool._table, ("memory", "words", "halves", "floats")),
-            (pool._order, ("_words", "_halves", *(["_ghosts"] if pool._order.is_adaptive else []))),
-            (pool._allocator, ("_bits", "_counters")),
-            (pool._segment, ("words",)),
+        for owner in (
+            pool,
+            pool._segment,
+            index,
+            index.table,
+            index.pins,
+            index.uses,
+            index.blocks,
+            index.order,
         )
-        for name in names
+        for name, value in vars(owner).items()
+        if isinstance(value, memories) and len(value) and name not in ("buffer", "read_only", "ghosts")
     ]
     originals = [getattr(owner, name) for owner, name in places]
     for (owner, name), original in zip(places, originals, strict=True):
@@ -2477,18 +2505,18 @@ class TestPool:
             pool.put("k", payload("k", BLOCK_SIZE))
             reader = pool.view("k")
             reader.__enter__()
-            is_pinned = other._table.is_pinned
+            is_pinned = index_of(other).pins.is_pinned
             ending = threading.Thread(target=reader.__exit__, args=(None, None, None))
 
             def slow(slot: int) -> bool:
                 pinned = is_pinned(slot)
                 if pinned and not ending.ident:
                     ending.start()
-                    while pool._table.is_read(slot):
+                    while index_of(pool).pins.is_named(slot):
                         time.sleep(0.001)
                 return pinned
 
-            monkeypatch.setattr(other._table, "is_pinned", slow)
+            monkeypatch.setattr(index_of(other).pins, "is_pinned", slow)
             assert other.delete("k")
             ending.join()
             assert other.get_stats()["allocated_blocks"] == 0
@@ -2500,15 +2528,15 @@ class TestPool:
             pool.put("k", payload("k", 6 * BLOCK_SIZE))
             with pool.view("k"):
                 other.delete("k")
-                pool._table.read(0)  # half of what the end of the view does
+                index_of(pool).pins.name(0)  # half of what the end of the view does
                 assert other.check() == []
                 assert other.get_stats()["allocated_blocks"] == 0
-                pool._table.read(pool._holds[pool._reader])
+                index_of(pool).pins.name(index_of(pool).pins.held[index_of(pool).pins.named])
             assert_sound(other)
             pool.put("k", payload("k", 6 * BLOCK_SIZE))
             with pool.view("k"):
                 other.delete("k")
-                pool._table.read(0)
+                index_of(pool).pins.name(0)
                 assert other.put("all", bytes(8 * BLOCK_SIZE))  # for want of room, not for a check
             assert_sound(pool)
 
@@ -2751,10 +2779,10 @@ class TestPool:
 
     def test_check_finds_and_fixes_every_kind_of_damage(self) -> None:
         def damage(name: str, pool: KVCachePool) -> None:
-            table, order, words = pool._table, pool._order, pool._words
+            table, order, words = index_of(pool).table, index_of(pool).order, words_of(pool)
             record = table.record(2)
             if name == "bitmap":
-                pool._allocator._bits[0] ^= 1
+                index_of(pool).blocks._bits[0] ^= 1
             elif name == "allocated":
                 words[kv.ALLOCATED] += 1
             elif name == "first free":
@@ -2778,7 +2806,7 @@ class TestPool:
             elif name == "order":
                 order._words[(order._node(2) >> 1) + 2] = 999
             elif name == "size":
-                pool._words[(record >> 1) + kv.W_SIZE] = -1
+                words_of(pool)[(record >> 1) + kv.W_SIZE] = -1
             elif name == "place":
                 table.halves[record + kv.R_START] = 1000
             elif name == "overlap":
@@ -2786,11 +2814,11 @@ class TestPool:
             elif name == "lengths":
                 table.halves[record + kv.R_LENGTHS] = 0
             elif name == "text":
-                pool._memory[4 * record + kv.RECORD.size] = 0xFF
+                index_of(pool).memory[4 * record + kv.RECORD.size] = 0xFF
             elif name == "twins":
-                pool._memory[4 * record : 4 * record + kv.RECORD_BYTES] = (
-                    lambda first: first[:16] + pool._memory[4 * record + 16 : 4 * record + 24] + first[24:]
-                )(pool._memory[4 * table.record(1) : 4 * table.record(1) + kv.RECORD_BYTES])
+                index_of(pool).memory[4 * record : 4 * record + kv.RECORD_BYTES] = (
+                    lambda first: first[:16] + index_of(pool).memory[4 * record + 16 : 4 * record + 24] + first[24:]
+                )(index_of(pool).memory[4 * table.record(1) : 4 * table.record(1) + kv.RECORD_BYTES])
             elif name == "move":
                 words[kv.MOVE_SLOT], words[kv.MOVE_FROM] = 1, 12345
 
@@ -2990,9 +3018,9 @@ class TestAdaptive:
             pool.touch(["end"], ends_prompt=True)
             for key in "abc":
                 pool.put(key, b"1")
-            clock = pool._order._words[kv._CLOCK]
+            clock = index_of(pool).order._words[kv._CLOCK]
             pool.put("end", bytes(size))
-            assert pool._order._words[kv._CLOCK] == clock + -(-size // BLOCK_SIZE)
+            assert index_of(pool).order._words[kv._CLOCK] == clock + -(-size // BLOCK_SIZE)
             new_ones = ["a", "b", "c"]
             assert list(pool) == ([*new_ones, "end"] if size <= BLOCK_SIZE else ["end", *new_ones])  # it frees most
             assert_sound(pool)
@@ -3104,9 +3132,9 @@ class TestSetPolicy:
 
     def test_who_opens_the_pool_later_finds_the_new_policy(self, store_dir: str, tmp_path: Path) -> None:
         with CacheStore(store_dir).create(make_config("p")) as pool:
-            assert os.stat(pool._path).st_size == pool._geometry.total_bytes
+            assert os.stat(segment_path(pool)).st_size == index_of(pool).geometry.total_bytes
             pool.set_eviction_policy("adaptive")
-            assert os.stat(pool._path).st_size == pool._geometry.bytes_with_ghosts
+            assert os.stat(segment_path(pool)).st_size == index_of(pool).geometry.bytes_with_ghosts
             pool.put("k", b"v")
             pool.persist(tmp_path / "s")
         for policy in ("lru", "adaptive"):  # as it was made, as it is now
@@ -3267,8 +3295,8 @@ class TestSetPolicy:
         for word in (-1, 1, 12, 1 << 40):
             with make_pool(8, eviction_policy="adaptive") as pool:
                 self.fill(pool)
-                pool._words[kv.POLICY] = word
-                pool._order._words[kv._WEIGHTS] = 1 << 62
+                words_of(pool)[kv.POLICY] = word
+                index_of(pool).order._words[kv._WEIGHTS] = 1 << 62
                 assert len(list(pool)) == 4
                 assert pool.evict(100) == 4
                 assert_sound(pool)
@@ -3340,7 +3368,7 @@ class TestTraps:
             array = view[1:]
         del view
         pool.close()
-        assert os.path.exists(pool._path)
+        assert os.path.exists(segment_path(pool))
         ours, theirs = socket.socketpair()
         with ours, theirs:
             pid = os.fork()
@@ -3351,7 +3379,7 @@ class TestTraps:
                 os._exit(array != b"alue")
             ours.recv(4)
             del array
-            gone = not os.path.exists(pool._path)
+            gone = not os.path.exists(segment_path(pool))
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert gone
 
@@ -3723,7 +3751,7 @@ class TestOutliving:
 
     def test_a_transient_pool_goes_with_the_last_view(self) -> None:
         pool = make_pool()
-        path = pool._path
+        path = segment_path(pool)
         pool.put("k", b"value")
         view = pool.view("k").__enter__()
         del pool
@@ -3786,7 +3814,7 @@ class TestOutliving:
 
     def test_a_view_that_dies_in_a_cycle_with_its_handle(self) -> None:
         pool = make_pool()
-        path = pool._path
+        path = segment_path(pool)
         pool.put("k", b"value")
         pool.cycle = [pool, pool.view("k").__enter__()]  # type: ignore[attr-defined]
         del pool
@@ -3844,13 +3872,13 @@ class TestOutliving:
             keeper.put("k", payload("k", 4 * BLOCK_SIZE))
             taken: list[str] = []
             with pool.view("k") as view:
-                assert pool._reader == 0
-                assert pool._table.pinned_by(pool._segment.session, pool._table.used()) == [1]
+                assert index_of(pool).pins.named == 0
+                assert index_of(pool).pins.pinned(index_of(pool).table.used()) == {1}
                 assert not self.fits(keeper)
                 assert bytes(view) == payload("k", 4 * BLOCK_SIZE)
-            assert pool._table.pinned_by(pool._segment.session, pool._table.used()) == []
+            assert index_of(pool).pins.pinned(index_of(pool).table.used()) == set()
             monkeypatch.setattr(KVCachePool, "_describe", lambda self, key: taken.append("in"))
-            monkeypatch.setattr(KVCachePool, "_get", lambda self, *what: taken.append("get"))
+            monkeypatch.setattr(kv.Index, "get", lambda self, *what: taken.append("get"))
             assert "k" not in pool
             assert pool.get("absent") is None
             assert taken == ["in", "get"]
@@ -3917,9 +3945,9 @@ class TestForks:
 
                 assert self.fork_in_c(work, hook) == 0
                 assert pool._segment.session == session
-                assert pool._table.is_pinned(pool._table.find(b"pinned"))
+                assert index_of(pool).pins.is_pinned(index_of(pool).table.find(b"pinned"))
                 assert bytes(view) == payload("k", BLOCK_SIZE)
-                assert pool._table.is_read(pool._holds[pool._reader])
+                assert index_of(pool).pins.is_named(index_of(pool).pins.held[index_of(pool).pins.named])
             pool.unpin("pinned")
             assert_sound(pool)
             pool.unlink()
@@ -4025,14 +4053,14 @@ class TestForks:
 
         with make_pool() as pool:
             inlet, outlet = os.pipe()
-            with kv.Segment(pool._path):
+            with kv.Segment(segment_path(pool)):
                 pid = ctypes.PyDLL(None).fork()
                 if not pid:
                     os.close(outlet)
                     os.read(inlet, 1)
                     os._exit(0)
             try:
-                kv.Segment(pool._path, wait=False).close()
+                kv.Segment(segment_path(pool), wait=False).close()
             finally:
                 os.close(outlet)
                 os.close(inlet)
@@ -4191,7 +4219,7 @@ class TestEnding:
         pool = make_pool()
         pool.put("old", b"value")
         with self.ending("view = pool.view('old').__enter__(); began.set(); time.sleep(60)") as process:
-            path = pool._path
+            path = segment_path(pool)
             pool.close()
             assert not os.path.exists(path)
             tell(process)
@@ -4338,7 +4366,7 @@ class TestSteps:
                     pool.put(key, bytes(randomness.randrange(1, 4 * BLOCK_SIZE)), priority=randomness.randrange(3))
                 else:
                     pool.touch([key], ends_prompt=randomness.random() < 0.3)
-            order = [pool._table.key(slot).decode() for slot in pool._order.victims_locked()]
+            order = [index_of(pool).table.key(slot).decode() for slot in index_of(pool).order.victims_locked()]
             assert len(order) > 50
             assert list(pool) == order
 
@@ -4373,7 +4401,7 @@ class TestSteps:
                 pool.delete(f"k{i}")
             with pool.view("k31"):
                 pool.defragment()
-                movable, fixed = pool._table.layout()
+                movable, fixed = index_of(pool).layout()
                 assert len(fixed) == 1
                 ends = {0, *(start + count for start, count, _ in movable + fixed)}
                 assert all(start in ends for start, _, _ in movable)
@@ -4388,19 +4416,19 @@ class TestSteps:
         with make_pool(1000) as pool:
             for i in range(40):
                 pool.put(f"k{i}", b"x")
-            pool._words[kv.WAITED_FOR] = 1  # its process was killed while it waited
+            words_of(pool)[kv.WAITED_FOR] = 1  # its process was killed while it waited
             assert len(list(pool)) == 40
-            assert pool._words[kv.WAITED_FOR] == 0
+            assert words_of(pool)[kv.WAITED_FOR] == 0
             with worker("pool = KVCachePool.attach('pool')", "say(); wait(); say(pool.put('w', b'x'))") as process:
                 assert hear(process) == "ready"
                 fcntl.flock(pool._segment.fd, fcntl.LOCK_EX)
                 tell(process)
-                while not pool._words[kv.WAITED_FOR]:
+                while not words_of(pool)[kv.WAITED_FOR]:
                     time.sleep(0.001)
                 fcntl.flock(pool._segment.fd, fcntl.LOCK_UN)
                 pool._give_way()
                 assert hear(process) == "True"
-            assert pool._words[kv.WAITED_FOR] == 0
+            assert words_of(pool)[kv.WAITED_FOR] == 0
 
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
     def test_an_error_in_a_block_takes_no_pass_over_all_entries(
@@ -4410,13 +4438,13 @@ class TestSteps:
             for i in range(50):
                 pool.put(f"k{i}", b"x")
             passed: list[int] = []
-            read = kv.EntryTable._bytes_of
+            read = kv.EntryTable.bytes_at
 
             def count(table: Any, offset: int, among: range) -> bytes:
                 passed.append(len(among))
                 return read(table, offset, among)
 
-            monkeypatch.setattr(kv.EntryTable, "_bytes_of", count)
+            monkeypatch.setattr(kv.EntryTable, "bytes_at", count)
             for use in (lambda: pool.reserve("new", 10), lambda: pool.reserve("new", 90_000), lambda: pool.view("k1")):
                 with pytest.raises(error), use():
                     raise error
@@ -4543,7 +4571,7 @@ class TestReads:
 
     @pytest.mark.parametrize("name", READS)
     def test_they_pass_while_somebody_has_the_lock(self, name: str) -> None:
-        with make_pool(32) as pool, open(pool._path, "rb") as file:
+        with make_pool(32) as pool, open(segment_path(pool), "rb") as file:
             assert pool.put("key", payload("key", 70_000))
             expected = self.READS[name](pool)
             pool.check()
@@ -4618,10 +4646,10 @@ class TestReads:
         """Readers that die between noting a use and saying so must not leave a session without places."""
         with make_pool() as pool:
             pool.put("key", b"x")
-            use, _, _ = pool._table.find_use(b"key")
+            use, _, _ = index_of(pool).table.find_use(b"key")
             for number in range(kv.MAX_USES):
-                assert pool._table.note_use(use, number)
-            pool._words[kv.USED] = 0
+                assert index_of(pool).uses.note(use, number)
+            words_of(pool)[kv.USED] = 0
             for _ in range(3):
                 assert pool.get("key") == b"x"
             assert pool.get_stats()["hits"] == pool.peek("key").access_count == kv.MAX_USES + 3
@@ -4631,8 +4659,8 @@ class TestReads:
         ("name", "where"),
         [
             ("get", "find_use"),
-            ("get", "note_use"),
-            *(("view", w) for w in ("find_use", "read", "is_current", "note_use")),
+            ("get", "note"),
+            *(("view", w) for w in ("find_use", "name", "is_current", "note")),
         ],
     )
     def test_a_stopped_reader_gets_the_value_or_none(self, name: str, where: str) -> None:
@@ -4642,11 +4670,12 @@ class TestReads:
         def stop_and_read() -> None:
             with KVCachePool.attach("pool") as mine:
                 mine._join()
-                whole = getattr(mine._table, where)
+                owner = owner_of(mine, where)
+                whole = getattr(owner, where)
                 stops = [1]
 
                 def stop(*args: Any) -> Any:
-                    early = where in ("read", "is_current")
+                    early = where in ("name", "is_current")
                     if early and stops:
                         stops.clear()
                         os.kill(os.getpid(), signal.SIGSTOP)
@@ -4656,7 +4685,7 @@ class TestReads:
                         os.kill(os.getpid(), signal.SIGSTOP)
                     return result
 
-                setattr(mine._table, where, stop)
+                setattr(owner, where, stop)
                 for _ in range(3):
                     value = self.READS[name](mine)
                     assert value in (None, payload("key", size), payload("new", size)), value[:20]
@@ -4676,7 +4705,7 @@ class TestReads:
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
             assert_sound(pool)
 
-    @pytest.mark.parametrize("name", ["_drop_locked", "begin_change"])
+    @pytest.mark.parametrize("name", ["_drop", "_begin_change"])
     @pytest.mark.parametrize("work", ["put", "large put", "overwrite", "delete", "clear", "evict", "defragment"])
     def test_a_view_that_begins_at_the_last_moment(self, name: str, work: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Just after a writer has looked for pins, and before it marks the entry: it must look again."""
@@ -4696,16 +4725,16 @@ class TestReads:
                 for i in (0, 4, 6):
                     pool.delete(f"k{i}")
             other._join()
-            owner: Any = pool if name == "_drop_locked" else pool._table
+            owner = owner_of(pool, name)
             whole = getattr(owner, name)
             views: list[tuple[str, Any, memoryview]] = []
 
             def late(slot: int, *args: Any) -> Any:
-                key = pool._table.key(slot).decode()
+                key = index_of(pool).table.key(slot).decode()
                 if not views:
                     opened = other.view(key)
                     view = opened.__enter__()
-                    assert other._table.is_read(slot)
+                    assert index_of(other).pins.is_named(slot)
                     views.append((key, opened, view))
                 return whole(slot, *args)
 
@@ -4725,14 +4754,14 @@ class TestReads:
             for i in range(5):
                 pool.put(f"k{i}", b"x")
             other._join()
-            drop, opened = pool._drop_locked, contextlib.ExitStack()
+            drop, opened = index_of(pool)._drop, contextlib.ExitStack()
 
             def late(slot: int) -> bool:
                 monkeypatch.undo()
-                assert opened.enter_context(other.view(pool._table.key(slot).decode())) == b"x"
+                assert opened.enter_context(other.view(index_of(pool).table.key(slot).decode())) == b"x"
                 return drop(slot)
 
-            monkeypatch.setattr(pool, "_drop_locked", late)
+            monkeypatch.setattr(index_of(pool), "_drop", late)
             with opened:
                 assert pool.put("new", b"n")
                 assert sorted(pool) == ["k1", "k2", "k3", "k4", "new"]
@@ -4749,11 +4778,11 @@ class TestReads:
 
             def die_in_put() -> None:
                 with KVCachePool.attach("pool") as mine:
-                    mine._drop_locked = lambda _: die()  # type: ignore[method-assign, assignment, return-value]
+                    index_of(mine)._drop = lambda _: die()  # type: ignore[method-assign, assignment, return-value]
                     mine.put("key", payload("new", 2 * BLOCK_SIZE - 1))
 
             assert in_child(die_in_put) == -signal.SIGKILL
-            sound, opened = pool._sound_records_locked, contextlib.ExitStack()
+            sound, opened = index_of(pool)._sound_records, contextlib.ExitStack()
             views = []
 
             def late() -> Any:
@@ -4762,7 +4791,7 @@ class TestReads:
                     views.append(opened.enter_context(reader.view("key")))
                 return found
 
-            monkeypatch.setattr(pool, "_sound_records_locked", late)
+            monkeypatch.setattr(index_of(pool), "_sound_records", late)
             with opened:
                 for i in range(8):
                     pool.put(f"other {i}", bytes(2 * BLOCK_SIZE))
@@ -4773,7 +4802,7 @@ class TestReads:
     def test_a_fork_in_a_signal_handler_leaves_the_parents_pin(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with make_pool(20) as pool, KVCachePool.attach("pool") as other:
             pool.put("key", b"x")
-            slot = pool._table.find(b"key")
+            slot = index_of(pool).table.find(b"key")
             lend, pids = pool._lend, []
 
             def fork_first(*args: Any) -> memoryview:
@@ -4788,14 +4817,14 @@ class TestReads:
                 if not pids[0]:
                     os.read(theirs, 1)  # until the parent has its pin
                 else:
-                    assert other._table.is_pinned(slot)
+                    assert index_of(other).pins.is_pinned(slot)
             if not pids[0]:
                 os._exit(0 if pool.get("key") == b"x" else 1)
             with pool.view("key") as view:
                 os.write(ours, b"x")
                 assert os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) == 0
                 assert view == b"x"
-                assert other._table.is_pinned(slot)
+                assert index_of(other).pins.is_pinned(slot)
             os.close(theirs)
             os.close(ours)
             assert_sound(pool)
@@ -4803,7 +4832,7 @@ class TestReads:
     def test_uses_by_a_signal_handler_inside_a_read_are_counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with make_pool() as pool:
             pool.put("key", b"x")
-            note_use, nested = pool._table.note_use, [10]
+            note_use, nested = index_of(pool).uses.note, [10]
 
             def interrupted(use: int, number: int) -> bool:
                 while nested[0]:
@@ -4811,7 +4840,7 @@ class TestReads:
                     assert pool.get("key") == b"x"
                 return note_use(use, number)
 
-            monkeypatch.setattr(pool._table, "note_use", interrupted)
+            monkeypatch.setattr(index_of(pool).uses, "note", interrupted)
             pool.get("key")
             assert pool.get_stats()["hits"] == pool.peek("key").access_count == 11
 
@@ -4920,7 +4949,7 @@ class TestLookups:
 
     def test_they_pass_while_somebody_has_the_lock(self) -> None:
         answers: list[Any] = []
-        with make_pool() as pool, open(pool._path, "rb") as file:
+        with make_pool() as pool, open(segment_path(pool), "rb") as file:
             pool.put("here", b"1")
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
@@ -4961,7 +4990,7 @@ class TestLookups:
         with make_pool() as pool, KVCachePool.attach("pool") as other:
             pool.put("old", b"1")
             other._rebuild = lambda: other.check(fix=True)
-            find_use = pool._table.find_use
+            find_use = index_of(pool).table.find_use
             left = [change]
 
             def find_late(key: bytes) -> tuple[int, int, int]:
@@ -4970,7 +4999,7 @@ class TestLookups:
                     left.pop()(other)
                 return found
 
-            monkeypatch.setattr(pool._table, "find_use", find_late)
+            monkeypatch.setattr(index_of(pool).table, "find_use", find_late)
             assert pool.get(key) == value
             assert not left
             assert_sound(pool)
@@ -4978,10 +5007,10 @@ class TestLookups:
     def test_a_change_under_way_is_waited_for(self) -> None:
         with make_pool() as pool:
             pool.put("here", b"1")
-            pool._words[kv.DIRTY] = 1
+            words_of(pool)[kv.DIRTY] = 1
             assert pool._look_up(b"here") == pool._look_up(b"away") == (0, -1)
             assert pool.get("here") == b"1"  # an entry that is whole needs no repair first
-            assert pool._words[kv.DIRTY] == 1
+            assert words_of(pool)[kv.DIRTY] == 1
             assert "here" in pool  # by way of the lock, and the rebuild
             assert pool._look_up(b"here")[1] >= 0
 
@@ -5105,18 +5134,18 @@ class TestSignalHandlers:
     @staticmethod
     def handle_when_a_view_ends(pool: KVCachePool, handler: Callable[[], Any], when: str) -> None:
         """End a view of "a", with `handler` coming in just before or after the word that pins it is cleared."""
-        read, handlers = pool._table.read, [handler]
+        name, handlers = index_of(pool).pins.name, [handler]
 
-        def read_and_handle(slot: int) -> None:
+        def name_and_handle(slot: int) -> None:
             if when == "after":
-                read(slot)
+                name(slot)
             if not slot and handlers:
                 handlers.pop()()
             if when == "before":
-                read(slot)
+                name(slot)
 
         with pool.view("a"):
-            pool._table.read = read_and_handle
+            index_of(pool).pins.name = name_and_handle
         assert not handlers
 
     @pytest.mark.parametrize("when", ["before", "after"])
@@ -5155,9 +5184,9 @@ class TestTwoInterrupts:
             ("_map_pages", lambda pool: pool.put("new", bytes(LARGE))),
             ("_lend", lambda pool: pool.reserve("new", LARGE).__enter__()),
             ("_zero", lambda pool: pool.reserve("new", LARGE).__enter__()),
-            ("_read_locked", view_and_use),
+            ("hold_by_name", view_and_use),
             ("_release_pin", lambda pool: pool.view("large").__enter__().release()),
-            ("_pin_locked", lambda pool: pool.pin("large")),
+            ("hold", lambda pool: pool.pin("large")),
         ],
     )
     def test_nothing_is_held_for_ever(
@@ -5167,8 +5196,8 @@ class TestTwoInterrupts:
             pool.put("large", payload("large", LARGE))
             pool.put("old", b"1")
             with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-                patch.setattr(pool if hasattr(pool, cut) else kv, cut, lambda *_, **__: interrupt())
-                patch.setattr(pool, "_tidy_up", interrupt)
+                patch.setattr(owner_of(pool, cut), cut, lambda *_, **__: interrupt())
+                patch.setattr(pool, "_settle_due", interrupt)
                 call(pool)
             assert pool.put("next", b"2")
             assert pool.get("large") == payload("large", LARGE)
@@ -5182,20 +5211,20 @@ class TestTwoInterrupts:
             assert pool.pin("key")
             assert pool.pin("key")
             with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-                patch.setattr(pool, "_unpin_locked", lambda _: interrupt())
+                patch.setattr(kv.Index, "unpin", lambda *_: interrupt())
                 pool.unpin("key")
             assert [pool.unpin("key") for _ in range(3)] == [True, True, False]
             assert_sound(pool)
 
-    @pytest.mark.parametrize("cut", ["_remove_name", "_leave"])
+    @pytest.mark.parametrize("cut", ["_remove_name", "leave"])
     def test_an_interrupted_close_can_be_called_again(self, monkeypatch: pytest.MonkeyPatch, cut: str) -> None:
         pool = make_pool()
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(pool, cut, lambda *_, **__: interrupt())
+            patch.setattr(kv.Index if cut == "leave" else pool, cut, lambda *_, **__: interrupt())
             pool.close()
-        assert os.path.exists(pool._path)
+        assert os.path.exists(segment_path(pool))
         pool.close()
-        assert not os.path.exists(pool._path)
+        assert not os.path.exists(segment_path(pool))
         assert pool not in kv._open_pools
 
 
@@ -5378,9 +5407,9 @@ class TestFoundByUsers:
             with make_pool(64) as pool:
                 for i in range(30):
                     pool.put(f"k{i}", payload(f"k{i}", 5000), prefix_hash="p")
-                geometry = pool._geometry
+                geometry = index_of(pool).geometry
                 start = randomness.randrange(geometry.heads_offset, geometry.total_bytes - 3000)
-                pool._memory[start : start + 3000] = randomness.randbytes(3000)
+                index_of(pool).memory[start : start + 3000] = randomness.randbytes(3000)
                 with contextlib.suppress(CacheError):
                     list(pool)
                 with contextlib.suppress(CacheError):
@@ -5901,7 +5930,7 @@ class TestPrefixCache:
             cache = make_prefix_cache(pool, verify=True)
             cache.store(self.TOKENS, make_kv(self.TOKENS))
             key = cache.compute_block_hashes(self.TOKENS)[2]
-            pool._memory[pool.entries[key].offset + 5] ^= 1
+            index_of(pool).memory[pool.entries[key].offset + 5] ^= 1
             loaded, num_tokens = cache.load(self.TOKENS)
             assert num_tokens == 8
             assert (loaded == make_kv(self.TOKENS[:8])).all()
@@ -6088,7 +6117,7 @@ class TestPrefixCache:
             cache = kv.PrefixCache(pool, namespace="m", block_size=4, verify=True)
             assert cache.load(self.TOKENS)[1] == 20
             entry = pool.entries[cache.compute_block_hashes(self.TOKENS)[2]]
-            pool._memory[entry.offset + 5] ^= 1
+            index_of(pool).memory[entry.offset + 5] ^= 1
             assert cache.load(self.TOKENS)[1] == 8
 
     def test_blocks_of_another_number_of_tokens_are_a_miss(self) -> None:
@@ -6822,7 +6851,7 @@ class TestStore:
     def test_list_knows_transient_pools_in_use_and_damaged_ones(self) -> None:
         store = CacheStore()
         with store.create(make_config("damaged")) as pool:
-            path = pool._path
+            path = segment_path(pool)
         with open(path, "r+b") as file:
             file.write(b"X")
         with make_pool(name="in-use"):
@@ -6839,7 +6868,7 @@ class TestStore:
 
     def test_prune_removes_segments_whose_store_is_gone_by_force_only(self, tmp_path: Path) -> None:
         with CacheStore(tmp_path / "gone").create(make_config()) as pool:
-            segment = os.path.basename(pool._path)
+            segment = os.path.basename(segment_path(pool))
             shutil.rmtree(tmp_path / "gone")
             assert segment not in CacheStore.prune(force=True)  # in use
             assert pool.put("key", b"value")
@@ -6869,9 +6898,9 @@ class TestStore:
             for name, data in strangers.items():
                 Path("/dev/shm", name).write_bytes(data)
             with CacheStore().create(make_config()) as pool:
-                segment = os.path.basename(pool._path)
+                segment = os.path.basename(segment_path(pool))
             with make_pool(name="open") as transient:
-                assert not {segment, os.path.basename(transient._path), *strangers} & set(CacheStore.prune())
+                assert not {segment, os.path.basename(segment_path(transient)), *strangers} & set(CacheStore.prune())
                 assert CacheStore().list() == ["open", "pool"]
         finally:
             for name in strangers:
@@ -6899,7 +6928,7 @@ class TestStore:
             assert hear(pruning) == "ready"
             for _ in range(1500):
                 with make_pool() as pool:
-                    assert os.path.exists(pool._path)
+                    assert os.path.exists(segment_path(pool))
 
     @pytest.mark.parametrize("variable", [None, ""])
     def test_default_path_is_in_the_home_directory(
@@ -6959,7 +6988,7 @@ class TestLifetime:
                 assert again.get("key") == b"value"
             tell(process)
             assert hear(process) == "ready"
-            assert not os.path.exists(pool._path)
+            assert not os.path.exists(segment_path(pool))
             with make_pool(tier=tier) as fresh:
                 assert len(fresh) == 0
 
@@ -7001,7 +7030,7 @@ class TestLifetime:
     @pytest.mark.parametrize("tier", ["cpu", "nvme"])
     def test_a_handle_that_is_forgotten_ends_a_transient_pool(self, tier: str) -> None:
         pool = make_pool(tier=tier)
-        path = pool._path
+        path = segment_path(pool)
         pool.put("key", b"value")
         del pool
         assert not os.path.exists(path)
@@ -7019,7 +7048,7 @@ class TestLifetime:
             pool.put("key", b"value")
             shutil.rmtree(store_dir)
             assert pool.get("key") == b"value"
-        assert not os.path.exists(pool._path)
+        assert not os.path.exists(segment_path(pool))
         pool.unlink()
 
     @pytest.mark.parametrize(
@@ -7073,7 +7102,7 @@ class TestLifetime:
         with make(make_config(tier=tier)) as pool:
             assert len(pool) == 0
         pool.unlink()
-        assert not os.path.exists(pool._path)
+        assert not os.path.exists(segment_path(pool))
 
     @pytest.mark.parametrize("tier", ["cpu", "nvme"])
     def test_unlink_of_an_old_handle_leaves_the_next_pool_of_that_name(self, tier: str) -> None:
@@ -7256,7 +7285,7 @@ class TestNames:
             assert CacheStore().list() == ["pool"]
             with worker("say(KVCachePool.attach('pool').put('k', b'x'))") as process:  # a child may hold no lock
                 assert hear(process) == "True"
-            path = pool._path
+            path = segment_path(pool)
             pool.close()
             assert not kv._somebody_has_open(path)
         finally:
