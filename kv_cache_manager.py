@@ -238,6 +238,7 @@ SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
 PRESENCE_BYTE = 1 << 60  # lock offsets, far behind any file
 SESSION_BYTE = PRESENCE_BYTE + 1
 NAME_BYTE = PRESENCE_BYTE - 1
+CLAIM_BYTE = 1 << 61  # the first of 2**60, of which the digest of a key names one
 
 # state, owner session of a value on its way in or generation of an entry, size, start block, number of blocks, hash of
 # key, hash of prefix, next in key chain, next and previous in prefix chain, CRC-32 of the value (0: unknown), created,
@@ -277,6 +278,8 @@ PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits 
 # key chains passed over; bytes moved; seconds in between, and how often at most.
 ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, MOVES_A_STEP, STEP_BYTES = 256, 1 << 13, 1 << 16, 64, 4 << 20
 STEP_PAUSE, MAX_PAUSES = 1e-4, 100
+CLAIM_LOOK = 0.02  # seconds after which one who waits for a claim looks whether the value is there all the same
+PARALLEL_COPY = 8 << 20  # bytes of KV from which on threads share the copy
 KEYS_A_LOOK = 64  # that are looked up without the lock as of one moment
 ENDING_PATIENCE = 1.0  # seconds that the end of a process waits for a daemon thread to end its call
 RESERVE_CHUNK = 256 << 20
@@ -502,6 +505,12 @@ def check_int(what: str, value: int, low: int, high: int = I64_MAX) -> int:
     return number
 
 
+def check_seconds(what: str, value: float) -> None:
+    """InvalidArgumentError unless this is a number of seconds from 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise InvalidArgumentError(f"{what} {_show(value)} must be a number of seconds from 0")
+
+
 def check_path(path: str | os.PathLike[str], what: str = "path") -> str:
     """Return a path as text."""
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
@@ -517,6 +526,12 @@ def check_keys(keys: Sequence[str]) -> None:
     """InvalidArgumentError unless this is a sequence, and not one of letters."""
     if isinstance(keys, (str, bytes)) or not isinstance(keys, Sequence):
         raise InvalidArgumentError(f"keys {_show(keys)} must be a list of str")
+
+
+def encode_keys(keys: Sequence[str]) -> list[bytes]:
+    """Return the UTF-8 bytes of the keys of a path."""
+    check_keys(keys)
+    return [encode_key(key) for key in keys]
 
 
 def encode_key(key: str) -> bytes:
@@ -1041,6 +1056,8 @@ def key_digest(key: bytes) -> int:
     return zlib.crc32(key) | (zlib.crc32(key[::-1]) >> 1) << 32 or 1
 
 
+Least = tuple[int, int]  # use count and priority that a parent has at least
+NO_LEAST: Least = (0, I64_MIN)
 Note = tuple[int, int, int, int, int]  # policy key, sequence number, slot, use count, blocks
 
 
@@ -1358,30 +1375,40 @@ class EvictionManager:
         if before == behind:
             self._drop_bucket(bucket)
 
-    def touch_path_locked(self, path: Sequence[int], unused: Container[int] = (), ends_prompt: bool = False) -> None:
+    def touch_path_locked(
+        self, path: Sequence[int], unused: Container[int] = (), ends_prompt: bool = False, least: Least = NO_LEAST
+    ) -> Least:
         """Count a use of the slots of one path, root first, so that under every policy a child goes before its parent.
 
         The deepest is queued first, under FIFO too; and no parent keeps a lower use count or priority than its child.
         Slots in `unused` were stored just now, which is no use. `ends_prompt`: the last one holds the end of a prompt.
+        A long path is touched in parts, the deepest first: each gets as `least` what the one below it returned.
         """
-        least_count, least_priority = 0, I64_MIN
-        clock, gaps = self._words[_CLOCK], []
+        least_count, least_priority = least
+        words, nodes = self._words, self._nodes
+        clock, gaps = words[_CLOCK], []
         for slot in reversed(path):
-            sequence, count, priority = self.numbers_locked(slot)
+            word = (nodes + slot * _NODE_HALVES) >> 1
+            sequence, count, priority = words[word + _SEQUENCE : word + _PRIORITY + 1]
             is_new = not count
             if slot not in unused:
                 if is_new:
                     gaps.append(max(clock - sequence, 1))
                 count += 1
             least_count, least_priority = max(count, least_count), max(priority, least_priority)
+            if not self._has_keys:  # one list for all
+                words[word + _COUNT], words[word + _PRIORITY] = least_count, least_priority
+                self.renew_locked(slot)
+                continue
             self.unlink_locked(slot)
             self.stamp_locked(slot, least_count, least_priority)
             if ends_prompt and self.is_adaptive and is_new:  # one that was used again is like any other
-                self._halves[self._node(slot) + _TAIL] = 1
+                self._halves[2 * word + _TAIL] = 1
             ends_prompt = False  # for those above it
             self.link_locked(slot)
         if gaps and self.is_adaptive:
             self._learn_locked(gaps)
+        return least_count, least_priority
 
     # --- the policy ADAPTIVE -----------------------------------------------------------------------------------------
 
@@ -2855,6 +2882,12 @@ def read_copy(copy: bytes) -> tuple[str, str, str, int, int, float, float, int, 
     return key, prefix, tensor, start, size, created, accessed, count, priority, tokens, layer
 
 
+def copied_checksum(copy: bytes) -> int:
+    """Return the CRC-32 of the value of a copied entry, 0 if none is known."""
+    checksum: int = RECORD.unpack_from(copy, COPY_RECORD_AT)[10]
+    return checksum
+
+
 def copied_key(copy: bytes) -> str:
     """Return the key of a copied entry."""
     at = COPY_RECORD_AT + RECORD.size
@@ -2881,7 +2914,7 @@ class Pins:
         self._names = self._pids + MAX_SESSIONS
         self._bits = table.record(0) + R_PINS
         self.session = NO_SESSION
-        self.held: dict[int, int] = {}  # token -> slot that it pins or writes
+        self.held: dict[int, tuple[int, ...]] = {}  # token -> slots that it pins, or the one that it writes
         self.writing: set[int] = set()  # the tokens that write
         self.counts: dict[int, int] = {}  # slot -> how many tokens pin it by our bit
         self.named = 0  # the token that pins by our word in the session table
@@ -2913,20 +2946,22 @@ class Pins:
 
     # --- of this handle ----------------------------------------------------------------------------------------------
 
-    def hold(self, slot: int, token: int) -> None:
-        """Pin a slot by our bit: a single write, so that no crash leaves half of it."""
-        self.held[token] = slot
-        count = self.counts.get(slot, 0)
-        if not count:
-            half = self._own_bits + slot * HALVES_PER_RECORD
-            self.halves[half] = self.halves[half] | self._own_bit
-        self.counts[slot] = count + 1
+    def hold(self, token: int, *slots: int) -> None:
+        """Pin slots by our bit: a single write each, so that no crash leaves half of it."""
+        self.held[token] = slots
+        halves, counts = self.halves, self.counts
+        for slot in slots:
+            count = counts.get(slot, 0)
+            if not count:
+                half = self._own_bits + slot * HALVES_PER_RECORD
+                halves[half] = halves[half] | self._own_bit
+            counts[slot] = count + 1
 
-    def hold_by_name(self, slot: int, token: int) -> None:
+    def hold_by_name(self, token: int, slot: int) -> None:
         """Pin a slot for as long as a view or a copy lasts: by our word if it is free, else by our bit."""
         if self.named or not LOADS_IN_ORDER:
-            return self.hold(slot, token)
-        self.held[token] = slot
+            return self.hold(token, slot)
+        self.held[token] = (slot,)
         self.named = token
         return self.name(slot)
 
@@ -2934,38 +2969,39 @@ class Pins:
         """Write our word of the session table: the slot that we read; 0, which needs no lock: none."""
         self.words[self._names + self.session] = slot
 
-    def drop(self, token: int) -> int:
-        """End what a token pins; returns its slot."""
-        slot = self.held.pop(token)
+    def drop(self, token: int) -> tuple[int, ...]:
+        """End what a token pins; returns its slots."""
+        slots = self.held.pop(token)
         if token == self.named:
             self.named = 0
             self.name(0)
-            return slot
-        count = self.counts[slot] - 1
-        if count:
-            self.counts[slot] = count
-        else:
-            del self.counts[slot]
-            self._clear_bit(slot, self.session)
-        return slot
+            return slots
+        for slot in slots:
+            count = self.counts[slot] - 1
+            if count:
+                self.counts[slot] = count
+            else:
+                del self.counts[slot]
+                self._clear_bit(slot, self.session)
+        return slots
 
     def forget(self, tokens: Iterable[int]) -> set[int]:
         """Hold nothing by these tokens, whose calls were cut off, and count anew; returns their slots, 0 if not known.
 
         Our bits and WRITING records do not agree with it yet: `Index.settle` must follow.
         """
-        slots = {self.held.pop(token, 0) for token in tokens}
+        slots = {slot for token in tokens for slot in self.held.pop(token, (0,))}
         self.writing.difference_update(tokens)
         if self.named not in self.held:
             self.named = 0
         by_bit = self.held.keys() - self.writing - {self.named, self.ending}
-        self.counts = dict(Counter(self.held[token] for token in by_bit))
-        self.name(0 if self.named == self.ending else self.held.get(self.named, 0))
+        self.counts = dict(Counter(slot for token in by_bit for slot in self.held[token]))
+        self.name(0 if self.named == self.ending else self.held.get(self.named, (0,))[0])
         return slots
 
     def written(self) -> set[int]:
         """Return the slots that this handle writes."""
-        return {self.held[token] for token in self.writing if token in self.held}
+        return {slot for token in self.writing for slot in self.held.get(token, ())}
 
     def clear(self) -> None:
         """Hold nothing, in a forked child: all of it is the parent's."""
@@ -3180,7 +3216,7 @@ class Index:
         offset, size = self.table.place(slot)
         if size <= COPY_UNDER_LOCK:
             return self.memory[offset : offset + size]
-        self.pins.hold_by_name(slot, token)
+        self.pins.hold_by_name(token, slot)
         return offset, size
 
     def hold(self, key: bytes, token: int, counts: bool) -> tuple[int, int] | None:
@@ -3188,7 +3224,7 @@ class Index:
         slot = self.use(key) if counts else self.table.find(key)
         if not slot:
             return None
-        self.pins.hold_by_name(slot, token)
+        self.pins.hold_by_name(token, slot)
         return self.table.place(slot)
 
     def _record(self, key: bytes, slot: int, is_first: bool) -> None:
@@ -3212,14 +3248,15 @@ class Index:
         """Pin an entry until `unpin`; False if there is none."""
         slot = self.table.find(key)
         if slot:
-            self.pins.hold(slot, token)
+            self.pins.hold(token, slot)
         return bool(slot)
 
     def unpin(self, *tokens: int) -> None:
         """End what these tokens pin, but for those that hold nothing: a forked child's, or settled already."""
         for token in tokens:
             if token in self.pins.held:
-                self.free_unread(self.pins.drop(token))
+                for slot in self.pins.drop(token):
+                    self.free_unread(slot)
 
     def free_unread(self, slot: int) -> None:
         """Free what a deleted value holds, if nobody reads it any more."""
@@ -3232,47 +3269,86 @@ class Index:
         """Return the slots of the leading run of keys that are there."""
         return list(itertools.takewhile(bool, map(self.table.find, keys)))
 
-    def touch_path(self, slots: Sequence[int], unused: Container[int] = (), ends_prompt: bool = False) -> None:
-        """Count a use of the slots of one path, root first, see `EvictionManager.touch_path_locked`."""
-        self.words[DIRTY] = 1
-        self.order.touch_path_locked(slots, unused, ends_prompt)
-        self.words[DIRTY] = self._unfinished
-        self.table.set_all_accessed(dict.fromkeys(slots, time.time()))
-
-    def touch(self, keys: Sequence[bytes], ends_prompt: bool) -> int:
-        """Count a use of each of the leading run of keys; returns how many."""
-        slots = self.find_path(keys)
-        self.touch_path(slots, (), ends_prompt and len(slots) == len(keys))
-        return len(slots)
-
-    def requeue(self, keys: Sequence[bytes]) -> None:
-        """Put the entries of a path in the order that `touch` gives them, without counting a use."""
-        slots = self.find_path(keys)
-        self.touch_path(slots, frozenset(slots))
-
     def count_path(self, keys: Sequence[bytes]) -> int:
+        """Return the length of the leading run of keys that are there."""
         return len(self.find_path(keys))
 
-    def use_path(self, keys: Sequence[bytes], token: int) -> list[bytes]:
-        """Pin and use the leading run of these keys: copies of the entries, pinned by `token`, `token` + 1, ..."""
+    def touch(self, keys: Iterable[bytes], counts: bool, ends_prompt: bool, least: Least) -> Least:
+        """Queue a part of a path, see `EvictionManager.touch_path_locked`; `counts`: it is a use of each entry."""
+        return self._touch([slot for slot in map(self.table.find, keys) if slot], counts, ends_prompt, least)
+
+    def _touch(
+        self, slots: Sequence[int], counts: bool = True, ends_prompt: bool = False, least: Least = NO_LEAST
+    ) -> Least:
+        self.words[DIRTY] = 1
+        least = self.order.touch_path_locked(slots, () if counts else frozenset(slots), ends_prompt, least)
+        self.words[DIRTY] = self._unfinished
+        self.table.set_all_accessed(dict.fromkeys(slots, time.time()))
+        return least
+
+    def hold_path(self, keys: Sequence[bytes], token: int, is_first: bool, is_last: bool) -> list[tuple[int, int]]:
+        """Use a part of a path: pin the leading run of keys by one token; return (offset, size) of each.
+
+        Counts hits, and a miss where the run ends. A path of one part is queued too; else `touch` must follow.
+        """
         slots = self.find_path(keys)
-        self.touch_path(slots)
+        if slots:
+            self.pins.hold(token, *slots)
+        if is_first and is_last:
+            self._touch(slots)
+        self._count_hits(keys, slots, is_first)
+        return list(map(self.table.place, slots))
+
+    def use_path(self, keys: Sequence[bytes], num_there: int, is_first: bool) -> None:
+        """Count hits and a miss of a part of a path that was read without the lock, as far as it was there."""
+        self._count_hits(keys, list(map(self.table.find, keys[:num_there])), is_first)
+
+    def _count_hits(self, keys: Sequence[bytes], slots: Sequence[int], is_first: bool) -> None:
         self.words[HITS] += len(slots)
         if len(slots) < len(keys):
             self.uses.count_miss()
         for number, key in enumerate(keys if self._num_recorded else ()):
-            self._record(key, slots[number] if number < len(slots) else 0, not number)
-        for number, slot in enumerate(slots):
-            self.pins.hold(slot, token + number)
-        return list(map(self.copy, slots))
+            self._record(key, slots[number] if number < len(slots) else 0, is_first and not number)
 
-    def pin_same(self, key: bytes, size: int, tensor: bytes, token: int) -> bool:
-        """Pin an entry if it is there with that size and tensor description."""
-        slot = self.table.find(key)
-        if not slot or self.table.place(slot)[1] != size or self.table.texts(slot)[2] != tensor:
-            return False
-        self.pins.hold(slot, token)
-        return True
+    def reserve_path(
+        self, keys: Sequence[bytes], sizes: Sequence[int], metas: Sequence[EntryMeta], token: int
+    ) -> list[tuple[int, int] | None]:
+        """Return (offset, size) of a place for each value of a path, None where one of that size and kind is there.
+
+        The first is known by `token`, the next by `token` + 1, and so on: it is written, or pinned. The list is shorter
+        where no more can be stored.
+        """
+        table = self.table
+        places: list[tuple[int, int] | None] = []
+        for number, (key, size, meta) in enumerate(zip(keys, sizes, metas, strict=True), token):
+            slot = table.find(key)
+            if slot and table.place(slot)[1] == size and table.texts(slot)[2] == meta.tensor:
+                self.pins.hold(number, slot)
+                places.append(None)
+                continue
+            place = self.reserve(key, size, meta, number)
+            if place is None:
+                break
+            places.append(place)
+        return places
+
+    def commit_path(self, checksums: Mapping[int, int], pinned: Container[int]) -> None:
+        """Make the values that these tokens write entries: token -> CRC-32, root first; `pinned` ones stay pinned.
+
+        Where another process has stored a value of that size and kind meanwhile, that one stays and ours goes.
+        """
+        for token, checksum in checksums.items():
+            (slot,) = self.pins.held[token]
+            old = self.table.find(self.table.key(slot))
+            if old and token not in pinned and self.table.is_same(old, *self.table.told_by(slot)):
+                self._withdraw(token)
+            else:
+                self.commit(token, None, token in pinned, checksum)
+
+    def _withdraw(self, token: int) -> None:
+        """Free a place that a token writes."""
+        self.pins.writing.discard(token)
+        self._free(self.pins.held.pop(token))
 
     # --- room --------------------------------------------------------------------------------------------------------
 
@@ -3427,8 +3503,10 @@ class Index:
 
     # --- storing -----------------------------------------------------------------------------------------------------
 
-    def put(self, key: bytes, data: Any, size: int, meta: EntryMeta) -> bool:
+    def put(self, key: bytes, data: Any, size: int, meta: EntryMeta, if_absent: bool) -> bool:
         """Store a value at once; False if there is no room, and then nothing has changed."""
+        if if_absent and self.table.find(key):
+            return True
         num_blocks = self.geometry.blocks_for(size)
         room = self._find_room(key, num_blocks)
         if room is None:
@@ -3465,7 +3543,7 @@ class Index:
         slot = table.claim(key, size, room[0], num_blocks, self.pins.session, meta)
         table.set_state(slot, WRITING)
         words[NUM_BUSY] = words[NUM_BUSY] + 1
-        self.pins.held[token] = slot
+        self.pins.held[token] = (slot,)
         self._finish()
         return table.place(slot)
 
@@ -3474,15 +3552,20 @@ class Index:
         self._unfinished = 0
         self.words[DIRTY] = 0
 
-    def commit(self, token: int, saved: Saved | None, keep_pinned: bool, checksum: int) -> None:
-        """Make a reserved value an entry, in place of what is there under its key.
+    def commit(
+        self, token: int, saved: Saved | None, keep_pinned: bool, checksum: int, if_absent: bool = False
+    ) -> None:
+        """Make a reserved value an entry, in place of what is there under its key; `if_absent`: if nothing is.
 
         `saved`: what a snapshot says of it. `keep_pinned`: the token goes on as a pin.
         """
         table, words, pins = self.table, self.words, self.pins
-        slot = pins.held[token]
+        (slot,) = pins.held[token]
         key = table.key(slot)
         old = table.find(key)
+        if old and if_absent:
+            self._withdraw(token)
+            return
         if not old and words[NUM_ENTRIES] >= self.geometry.max_entries:  # others filled up while we were copying
             victim = next(self.candidates(), 0)
             self.evict([victim] if victim else [])
@@ -3503,7 +3586,7 @@ class Index:
         words[DIRTY] = self._unfinished
         table.set_checksum(slot, saved.checksum if saved is not None else checksum)
         if keep_pinned:
-            pins.hold(slot, token)
+            pins.hold(token, slot)
 
     def _uses_of(self, key: bytes, old: int) -> int:
         """Return the use count that a value begins with: that of the one it replaces, or of its ghost."""
@@ -3816,9 +3899,9 @@ class Index:
         slot = self.table.find(key)
         return self.copy(slot) if slot else b""
 
-    def describe_held(self, token: int) -> bytes:
-        """Return a copy of what a token holds."""
-        return self.copy(self.pins.held[token])
+    def describe_held(self, *tokens: int) -> list[bytes]:
+        """Return copies of the entries that these tokens pin."""
+        return [self.copy(slot) for token in tokens for slot in self.pins.held.get(token, ())]
 
     def describe_prefix(self, prefix: bytes) -> list[bytes] | None:
         """Return copies of the entries with a prefix hash, oldest first; None if that takes long, or it is empty."""
@@ -4546,8 +4629,8 @@ class _ClosedMemory:
 class _ViewRef(weakref.ref):  # type: ignore[type-arg]
     """Tells when the last user of a view has gone."""
 
-    __slots__ = ("pool", "token")
-    token: int
+    __slots__ = ("pool", "tokens")
+    tokens: Sequence[int]  # what pins, or writes, what the view shows
     pool: _Handle  # set once the handle is closed or garbage
 
 
@@ -4560,7 +4643,7 @@ def _try_lock(lock: Any) -> Any:
     return type("TryLock", (), {"__enter__": acquire, "__exit__": staticmethod(lock.__exit__)})()
 
 
-def _array_gone(pool_ref: weakref.ref[_Handle], token: int, _: weakref.ref[memoryview]) -> None:
+def _array_gone(pool_ref: weakref.ref[_Handle], tokens: Sequence[int], _: weakref.ref[memoryview]) -> None:
     """Unpin what an array showed that outlived its view: by our word at once, by a bit if the lock is free just now.
 
     It may run inside any other code, so it must not wait; the next call does the rest. An interrupt in here is lost, as
@@ -4570,15 +4653,15 @@ def _array_gone(pool_ref: weakref.ref[_Handle], token: int, _: weakref.ref[memor
     pool = pool_ref()
     if pool is None or pool._segment is None or pool._closing or not _own_process[0]:
         return
-    pool._array_refs.pop(token, None)
-    if token == pool._pins.named:
+    pool._array_refs.pop(tokens[0], None)
+    if tokens[0] == pool._pins.named:
         with contextlib.suppress(ValueError, PoolClosedError):  # another thread has just ended the session
             pool._pins.name(0)
             _new_lock().acquire()  # as in `_release_pin`
-            if pool._table.state(pool._held.get(token, 0)) == CONDEMNED:
+            if pool._table.state(pool._held.get(tokens[0], (0,))[0]) == CONDEMNED:
                 pool._words[UNREAD] = 1
         return
-    pool._due.append(token)
+    pool._due.extend(tokens)
     with contextlib.suppress(CacheError, RuntimeError), _try_lock(pool._mutex) as taken:
         if taken and not pool._is_locked and pool._segment is not None and pool._segment.can_be_locked(0):
             pool._join()
@@ -4620,6 +4703,7 @@ class _Handle:
         _all_view_refs[id(self._view_refs)] = self._view_refs
         self._array_refs: dict[int, weakref.ref[memoryview]] = {}  # to what arrays show that outlive their views
         self._pins_by_key: dict[bytes, list[int]] = {}
+        self._claims: dict[int, int] = {}  # lock byte -> thread
         # Tokens whose calls an error or interrupt has cut off, and references to views whose last user has gone; 0:
         # whatever else the next lock must put in order. An except block appends to it before all else: no second
         # interrupt gets in before that call of C code is over.
@@ -4631,7 +4715,7 @@ class _Handle:
         ghosts = segment.map_ghosts() if policy is EvictionPolicy.ADAPTIVE else None
         self._index = Index(segment, geometry, policy, ghosts, segment.is_alive)
         self._table, self._pins, self._uses = self._index.table, self._index.pins, self._index.uses
-        self._held = self._pins.held  # token -> slot; it outlives the memory
+        self._held = self._pins.held  # token -> slots; it outlives the memory
         self._own_names = {*self.__dict__, "_own_names", "_lost"}
         _open_pools.add(self)
         segment.is_owned = True
@@ -4715,10 +4799,10 @@ class _Handle:
                     self._view_refs.pop(token, None)
         for ref in due:
             if isinstance(ref, _ViewRef):
-                if ref.token in self._pins.writing:  # an interrupt kept `_Reservation.__exit__` from running
-                    index.settle_own((ref.token,))
-                index.unpin(ref.token)
-                self._view_refs.pop(ref.token, None)
+                if not self._pins.writing.isdisjoint(ref.tokens):  # an interrupt kept `__exit__` from running
+                    index.settle_own(ref.tokens)
+                index.unpin(*ref.tokens)
+                self._view_refs.pop(ref.tokens[0], None)
         if words[DIRTY]:
             index.repair()
         for _ in due:
@@ -4806,16 +4890,27 @@ class _Handle:
 
     # --- lending -----------------------------------------------------------------------------------------------------
 
-    def _lend(self, memory: memoryview, offset: int, size: int, token: int) -> memoryview:
-        """Return a view to hand out. When its last user has gone without ending it, the next call notices.
+    def _lend(
+        self, memory: memoryview, places: Iterable[tuple[int, int]], tokens: Sequence[int]
+    ) -> tuple[list[memoryview], memoryview]:
+        """Return (views to hand out, their owner). When their last user has gone, the next call notices and unpins.
 
         All slices of one memoryview count as one buffer, and an array made from a slice holds just that. By way of
-        PickleBuffer (which pickles nothing) the view gets a buffer of its own, with the slice as its owner: the slice
-        can be released, or dies, when the view and all that was made from it have gone.
+        PickleBuffer (which pickles nothing) the views get a buffer of their own, with another memoryview as its owner:
+        that can be released, or dies, when the views and all that was made from them have gone.
         """
+        owner = memory[:]
+        ref = _ViewRef(owner, self._due.append)
+        ref.tokens = tokens
+        self._view_refs[tokens[0]] = ref
+        whole = memoryview(PickleBuffer(owner))
+        return [whole[offset : offset + size] for offset, size in places], owner
+
+    def _lend_one(self, memory: memoryview, offset: int, size: int, token: int) -> memoryview:
+        """Return one view to hand out, as `_lend` does."""
         owner = memory[offset : offset + size]
         ref = _ViewRef(owner, self._due.append)
-        ref.token = token
+        ref.tokens = (token,)
         self._view_refs[token] = ref
         return memoryview(PickleBuffer(owner))
 
@@ -4823,21 +4918,21 @@ class _Handle:
         """End a view and its pin; if arrays that were made from it live on, they keep the pin."""
         if not _own_process[0]:
             _adopt_pools()
-        if _take_back(view, owner):
+        if _take_back((view,), owner):
             if token in self._held:
                 self._release_pin(token)
             self._view_refs.pop(token, None)
         else:
-            self._outlast(token, owner)
+            self._outlast((token,), owner)
 
-    def _outlast(self, token: int, owner: memoryview) -> None:
-        """Keep what a token holds for as long as arrays live that were made from its view."""
+    def _outlast(self, tokens: Sequence[int], owner: memoryview) -> None:
+        """Keep what tokens hold for as long as arrays live that were made from their views."""
         with self._mutex:
             if self._closing:
                 self._outlive()
             else:
-                gone = functools.partial(_array_gone, weakref.ref(self), token)
-                self._array_refs[token] = weakref.ref(owner, gone)
+                gone = functools.partial(_array_gone, weakref.ref(self), tokens)
+                self._array_refs[tokens[0]] = weakref.ref(owner, gone)
 
     def _release_pin(self, token: int) -> None:
         """Unpin from outside the lock, and without it if it can be."""
@@ -4845,7 +4940,7 @@ class _Handle:
             with self._mutex:  # to the end: another thread that closes the pool must not come in between
                 pins = self._pins
                 if token == pins.named and not self._is_locked:
-                    slot = pins.held[token]
+                    (slot,) = pins.held[token]
                     before, pins.ending = pins.ending, token  # half a hold, if a callback comes in and settles
                     pins.name(0)
                     pins.named = 0  # now: a signal handler may have opened a view just before
@@ -4912,7 +5007,7 @@ class _Handle:
             owner = ref()
             if owner is not None:
                 last = _ViewRef(owner, _view_gone_after_close)
-                last.token, last.pool = token, self
+                last.tokens, last.pool = ref.tokens, self
                 self._view_refs[token] = last
                 _lent_out.add(self)
         return self in _lent_out
@@ -4922,7 +5017,7 @@ class _Handle:
         if getattr(self, "_segment", None) is None or sys.is_finalizing():  # then modules may be gone
             return
         self._closing = True
-        lent = {token for token, ref in self._view_refs.items() if ref() is not None}
+        lent = {token for ref in self._view_refs.values() if ref() is not None for token in ref.tokens}
         for token in self._held.keys() - lent:
             del self._held[token]
         if self._outlive():
@@ -4967,7 +5062,8 @@ class _Handle:
     def _is_unused(self) -> bool:
         """Return True if all that this handle holds are views whose last user has gone."""
         due = [self._due[number] for number in range(len(self._due))]
-        return {ref.token for ref in due if isinstance(ref, _ViewRef)}.issuperset(list(self._held))
+        gone = {token for ref in due if isinstance(ref, _ViewRef) for token in ref.tokens}
+        return gone.issuperset(list(self._held))
 
     def _end_unlocked(self) -> None:
         """End the session without a lock: others see from its lock byte that it is over, as they do for the dead."""
@@ -5015,7 +5111,7 @@ class _Handle:
         segment = self._segment
         self._mutex = threading.RLock()
         self._is_locked = False
-        for mapping in (self._held, self._view_refs, self._array_refs, self._pins_by_key):
+        for mapping in (self._held, self._view_refs, self._array_refs, self._pins_by_key, self._claims):
             mapping.clear()
         self._due = deque([0])
         _lent_out.discard(self)
@@ -5079,7 +5175,7 @@ class _TensorView(contextlib.AbstractContextManager[Any]):
         if view is None:
             return None
         try:
-            entry = self._pool._decode(self._pool._locked(Index.describe_held, self._reader.token))
+            entry = self._pool._decode(*self._pool._locked(Index.describe_held, self._reader.token))
             return as_tensor(view, entry.dtype, entry.shape, self._framework or entry.framework)
         except BaseException:
             del view
@@ -5102,7 +5198,7 @@ class _Peek(contextlib.AbstractContextManager["tuple[bytes, memoryview] | None"]
         if view is None:
             return None
         try:
-            return self._pool._locked(Index.describe_held, self._reader.token), view
+            return self._pool._locked(Index.describe_held, self._reader.token)[0], view
         except BaseException:
             self._reader.__exit__()
             raise
@@ -5144,7 +5240,7 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
         try:
             place = pool._reserve(self._key, self._size, self._meta, self._token)
             if place is not None:
-                self._view = pool._lend(pool._mapped.buffer, *place, self._token)
+                self._view = pool._lend_one(pool._mapped.buffer, *place, self._token)
                 self._owner: Any = self._view.obj
                 if self._saved is None:
                     pool._zero(*place)
@@ -5162,11 +5258,11 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
         owner, self._owner = self._owner, None
         if not _own_process[0]:
             _adopt_pools()
-        is_unused = _take_back(view, owner)  # else arrays that were made from it keep it pinned
+        is_unused = _take_back((view,), owner)  # else arrays that were made from it keep it pinned
         if token in pool._held:  # else this is a forked child, the value is its parent's
             try:
                 if error_type is None:
-                    pool._commit(token, self._saved, keep_pinned=not is_unused)
+                    pool._locked(Index.commit, token, self._saved, not is_unused, 0, False, after_close=True)
                 else:
                     pool._due.append(token)
                     pool._settle_due()
@@ -5179,7 +5275,182 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
             if pool._closing:
                 pool._close_if_unused()
         else:
-            pool._outlast(token, owner)
+            pool._outlast((token,), owner)
+
+
+def _parts(keys: Sequence[_R], length: int) -> Iterator[Sequence[_R]]:
+    """Return a path in parts of so many keys, root first."""
+    for begin in range(0, len(keys), length):
+        yield keys[begin : begin + length]
+
+
+def _claim_byte(key: bytes) -> int:
+    """Return the lock byte that a claim of a key takes."""
+    return CLAIM_BYTE + (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 4)
+
+
+class PathViews(list["memoryview"]):
+    """The values of a path, root first, in place: the pinned memoryviews that `KVCachePool.view_path` gives."""
+
+    def __init__(self, pool: KVCachePool, tokens: Sequence[int]) -> None:
+        self._pool = pool
+        self._tokens = tokens
+
+    @functools.cached_property
+    def entries(self) -> list[CacheEntry]:
+        """What the pool knows about each value; to be asked for inside the block."""
+        return [*map(self._pool._decode, self._pool._locked(Index.describe_held, *self._tokens))][: len(self)]
+
+
+class _PathReader(contextlib.AbstractContextManager[PathViews]):
+    """Pinned read-only views of the leading run of a path.
+
+    A class, for a generator that an exception passes through keeps its frames, and so its views, in a cycle.
+    """
+
+    def __init__(self, pool: KVCachePool, keys: list[bytes], verify: bool) -> None:
+        self._pool = pool
+        self._keys = keys
+        self._verify = verify
+
+    def __enter__(self) -> PathViews:
+        pool, keys = self._pool, self._keys
+        first = next(pool._tokens)  # one token for each part
+        self._tokens = tokens = range(first, first + max(-(-len(keys) // ENTRIES_A_STEP), 1))
+        self._views = views = PathViews(pool, tokens)
+        places: list[tuple[int, int]] = []
+        try:
+            for token, some in zip(tokens, _parts(keys, ENTRIES_A_STEP), strict=False):
+                found = pool._locked(Index.hold_path, some, token, token == first, token == tokens[-1])
+                places += found
+                if len(found) < len(some):
+                    break
+            if len(tokens) > 1:
+                pool._touch(keys[: len(places)])
+            lent, self._owner = pool._lend(pool._mapped.read_only, places, tokens)
+            views += lent
+            if self._verify:
+                self._drop_damaged()
+        except BaseException:
+            pool._due.extend(tokens)
+            pool._settle_due()
+            raise
+        return views
+
+    def _drop_damaged(self) -> None:
+        """Delete the first entry that does not match its checksum; it ends the path."""
+        copies = self._pool._locked(Index.describe_held, *self._tokens)
+        for number, (view, copy) in enumerate(zip(self._views, copies, strict=True)):
+            checksum = copied_checksum(copy)
+            if checksum and zlib.crc32(view) != checksum:
+                self._pool.delete(copied_key(copy))
+                del self._views[number:]
+                return
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            pool, tokens, owner = self._pool, self._tokens, self._owner
+            if not _own_process[0]:
+                _adopt_pools()
+            if _take_back(self._views, owner):
+                if any(token in pool._held for token in tokens):  # else this is a forked child: they are its parent's
+                    pool._locked(Index.unpin, *tokens, after_close=True)
+                pool._view_refs.pop(tokens[0], None)
+            else:
+                pool._outlast(tokens, owner)
+        except BaseException:
+            self._pool._due.extend(self._tokens)
+            self._pool._settle_due()
+            raise
+        if pool._closing:
+            pool._close_if_unused()
+
+
+class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
+    """Writable views of the values of a path that are missing; they exist from the clean end of the `with` block on."""
+
+    def __init__(
+        self,
+        pool: KVCachePool,
+        keys: list[bytes],
+        sizes: list[int],
+        metas: list[EntryMeta],
+        zero: bool,
+        checksums: bool,
+    ) -> None:
+        self._pool = pool
+        self._keys = keys
+        self._sizes = sizes
+        self._metas = metas
+        self._zero = zero
+        self._checksums = checksums
+
+    def __enter__(self) -> list[memoryview | None]:
+        pool, keys, sizes, metas = self._pool, self._keys, self._sizes, self._metas
+        self._token = first = next(pool._tokens)
+        self._places: list[tuple[int, int] | None] = []
+        places = self._places
+        try:
+            while (begin := len(places)) < len(keys):
+                some = slice(begin, begin + KEYS_A_LOOK)
+                work = functools.partial(
+                    pool._locked, Index.reserve_path, keys[some], sizes[some], metas[some], first + begin
+                )
+                found = pool._patiently(work, sizes[begin])
+                places += found
+                if not found:
+                    break
+            fresh = [place for place in places if place is not None]
+            for place in fresh:
+                _map_pages(pool._memory, *place)
+            lent, self._owner = pool._lend(pool._mapped.buffer, fresh, range(first, first + max(len(places), 1)))
+            for place in fresh if self._zero else ():
+                pool._zero(*place)
+            views = iter(lent)
+            self._views = [None if place is None else next(views) for place in places]
+            given = list(self._views)
+        except BaseException:
+            self._abandon(len(keys))
+            raise
+        return given
+
+    def _abandon(self, num_tokens: int) -> None:
+        """Store nothing, and unpin what is there."""
+        self._pool._due.extend(range(self._token, self._token + num_tokens))
+        self._pool._settle_due()
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            pool, owner, first = self._pool, self._owner, self._token
+            if not _own_process[0]:
+                _adopt_pools()
+            written = [number for number, place in enumerate(self._places, first) if place is not None]
+            views = [view for view in self._views if view is not None]
+            sums = [zlib.crc32(view) if self._checksums and not error_type else 0 for view in views]
+            is_unused = _take_back(views, owner)  # else arrays keep all that is new pinned
+            del views, self._views
+            if any(token in pool._held for token in range(first, first + len(self._places))):  # else a forked child
+                if error_type is None:
+                    self._commit(dict(zip(written, sums, strict=True)), () if is_unused else frozenset(written))
+                else:
+                    self._abandon(len(self._places))
+            if is_unused:
+                pool._view_refs.pop(first, None)
+            else:
+                pool._outlast(written, owner)
+        except BaseException:
+            self._abandon(len(self._places))
+            raise
+        if pool._closing:
+            pool._close_if_unused()
+
+    def _commit(self, checksums: dict[int, int], kept: Container[int]) -> None:
+        """Make what was written entries, token -> CRC-32, and end all pins but those `kept`."""
+        pool, tokens = self._pool, range(self._token, self._token + len(self._places))
+        for some in _parts(list(checksums), KEYS_A_LOOK):
+            pool._locked(Index.commit_path, {token: checksums[token] for token in some}, kept, after_close=True)
+        pool._touch(self._keys[: len(tokens)], counts=False)
+        pool._locked(Index.unpin, *(token for token in tokens if token not in kept), after_close=True)
 
 
 class _Entries(Mapping[str, CacheEntry]):
@@ -5278,13 +5549,13 @@ class KVCachePool(_Handle):
 
     # --- storing -----------------------------------------------------------------------------------------------------
 
-    def put(self, key: str, data: Any, **meta: Any) -> bool:
+    def put(self, key: str, data: Any, *, if_absent: bool = False, **meta: Any) -> bool:
         """Store a copy of `data`, any object with the buffer protocol, replacing what is there under `key`.
 
         Keyword arguments: prefix_hash, priority, sequence_length, layer_index. False if the value can't be stored, and
         then nothing has changed: it is larger than the data region, or pins are in the way. (Only where a view of the
         chosen victim begins at the same moment, an entry may go in vain.) Changes: eviction order, other entries may be
-        evicted.
+        evicted. `if_absent`: a value that is there stays as it is, and True says that one is there.
 
         The old value stays readable until the new one is complete, where there is room for both once all others that
         nobody pins are evicted. Where there is not, the old value goes first, and none is left if the process is killed
@@ -5298,7 +5569,7 @@ class KVCachePool(_Handle):
             data = as_bytes(data)
             size = data.nbytes
         checked = _checked_meta(encoded, size, meta) if meta else NO_META
-        return self._store(encoded, data, size, checked)
+        return self._store(encoded, data, size, checked, if_absent)
 
     def _patiently(self, attempt: Callable[[], _R], size: int) -> _R:
         """Repeat an attempt to store that found no room, while copies under way elsewhere may be what is in the way.
@@ -5324,18 +5595,22 @@ class KVCachePool(_Handle):
             _map_pages(self._memory, *place)
         return place
 
-    def _store(self, key: bytes, data: Any, size: int, meta: EntryMeta) -> bool:
+    def _store(self, key: bytes, data: Any, size: int, meta: EntryMeta, if_absent: bool = False) -> bool:
         token = 0
         try:
             if size <= COPY_UNDER_LOCK:
-                stored = self._locked(Index.put, key, data, size, meta)
-                return stored or self._patiently(lambda: self._locked(Index.put, key, data, size, meta), size)
+                stored = self._locked(Index.put, key, data, size, meta, if_absent)
+                return stored or self._patiently(
+                    lambda: self._locked(Index.put, key, data, size, meta, if_absent), size
+                )
+            if if_absent and self._count_path([key]):
+                return True
             token = next(self._tokens)
             place = self._reserve(key, size, meta, token)
             if place is None:
                 return False
             self._memory[place[0] : place[0] + size] = data
-            self._commit(token)
+            self._locked(Index.commit, token, None, False, 0, if_absent, after_close=True)
         except BaseException:
             self._due.append(token)
             self._settle_due()
@@ -5343,10 +5618,6 @@ class KVCachePool(_Handle):
         if self._closing:
             self._close_if_unused()
         return True
-
-    def _commit(self, token: int, saved: Saved | None = None, keep_pinned: bool = False, checksum: int = 0) -> None:
-        """Make the value that `token` reserves an entry, see `Index.commit`."""
-        self._locked(Index.commit, token, saved, keep_pinned, checksum, after_close=True)
 
     def allocate(
         self,
@@ -5512,7 +5783,7 @@ class KVCachePool(_Handle):
         place = self._locked(Index.hold, key, token, counts)
         if place is None:
             return None
-        return self._lend(self._mapped.buffer if is_writable else self._mapped.read_only, *place, token)
+        return self._lend_one(self._mapped.buffer if is_writable else self._mapped.read_only, *place, token)
 
     def _pin_unlocked(self, key: bytes, token: int, is_writable: bool) -> tuple[int, memoryview | None, bool]:
         """(use, view, whether it is of that use still) of an entry, pinned by the session's word; use 0: there is none.
@@ -5528,8 +5799,9 @@ class KVCachePool(_Handle):
             if use <= 0:
                 is_missing = not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes
                 return (0 if is_missing else -1), None, False
-            view = self._lend(segment.buffer if is_writable else segment.read_only, offset, size, token)
-            pins.held[token] = slot = use & 0xFFFFFFFF
+            view = self._lend_one(segment.buffer if is_writable else segment.read_only, offset, size, token)
+            slot = use & 0xFFFFFFFF
+            pins.held[token] = (slot,)
             pins.named = token
             pins.name(slot)
             _new_lock().acquire()  # see `Index._begin_change`
@@ -5613,25 +5885,16 @@ class KVCachePool(_Handle):
 
     # --- paths -------------------------------------------------------------------------------------------------------
 
-    def touch(self, keys: Sequence[str], ends_prompt: bool = False) -> int:
-        """Count a use of the entries of one path, root first, up to the first that is missing; returns how many.
-
-        Under every policy the deepest goes first when room is needed, and a parent never before its child.
-        `ends_prompt` tells ADAPTIVE that the last one holds the end of a prompt, which is seldom used again.
-        """
-        check_keys(keys)
-        return self._locked(Index.touch, [encode_key(key) for key in keys], ends_prompt)
-
     def count_path(self, keys: Sequence[str]) -> int:
         """Return how many of these keys are there before the first that is missing; changes nothing.
 
         Takes no lock, unless a writer is in the way: some 64 keys each are looked up as of one moment.
         """
-        check_keys(keys)
-        encoded = [encode_key(key) for key in keys]
+        return self._count_path(encode_keys(keys))
+
+    def _count_path(self, keys: Sequence[bytes]) -> int:
         count = 0
-        while count < len(encoded):
-            some = encoded[count : count + KEYS_A_LOOK]
+        for some in _parts(keys, KEYS_A_LOOK):
             found = self._count_unlocked(some)
             if found < 0:
                 found = self._locked(Index.count_path, some)
@@ -5640,7 +5903,7 @@ class KVCachePool(_Handle):
                 break
         return count
 
-    def _count_unlocked(self, keys: list[bytes]) -> int:
+    def _count_unlocked(self, keys: Sequence[bytes]) -> int:
         """Return how many of these keys are there before the first that is missing; -1: that takes the lock."""
         with contextlib.suppress(PoolClosedError, IndexError, ValueError):
             words, find = self._words, self._table.find
@@ -5659,32 +5922,173 @@ class KVCachePool(_Handle):
                     return count
         return -1
 
-    def _open_path(self, keys: Sequence[bytes], token: int) -> list[tuple[memoryview, CacheEntry, int]]:
-        """Pin and use the leading run of these keys: (view, entry, checksum) of each; pins are token, token + 1, ..."""
-        opened = []
-        for number, copy in enumerate(self._locked(Index.use_path, keys, token)):
-            entry = self._decode(copy)
-            view = self._lend(self._buffer, entry.offset, entry.size, token + number)
-            opened.append((view, entry, RECORD.unpack_from(copy, COPY_RECORD_AT)[10]))
-        return opened
+    def touch(self, keys: Sequence[str], ends_prompt: bool = False) -> int:
+        """Count a use of the entries of one path, root first, up to the first that is missing; returns how many.
 
-    def _close_path(self, views: Sequence[memoryview], token: int) -> None:
-        tokens = []
-        for number, view in enumerate(views, token):
-            owner = cast(memoryview, view.obj)
-            if _take_back(view, owner):  # else see `_close_view`: an error's traceback has arrays
-                self._view_refs.pop(number, None)
-                tokens.append(number)
-        try:
-            self._locked(Index.unpin, *tokens, after_close=True)
-        except BaseException:
-            self._due.extend(tokens)
-            self._settle_due()
-            raise
+        Under every policy the deepest goes first when room is needed, and a parent never before its child.
+        `ends_prompt` tells ADAPTIVE that the last one holds the end of a prompt, which is seldom used again. Takes the
+        lock once for 256 keys, some 2 us each.
+        """
+        encoded = encode_keys(keys)
+        self._check_open()
+        count = self._count_path(encoded)
+        self._touch(encoded[:count], ends_prompt=ends_prompt and count == len(encoded))
+        return count
 
-    @property
-    def _buffer(self) -> memoryview:
-        return self._mapped.buffer
+    def _touch(self, keys: Sequence[bytes], counts: bool = True, ends_prompt: bool = False) -> None:
+        """Queue the entries of a path, the deepest part first; `counts`: it is a use of each."""
+        least = NO_LEAST
+        for some in reversed(list(_parts(keys, ENTRIES_A_STEP))):
+            least = self._locked(Index.touch, some, counts, ends_prompt, least, after_close=True)
+            ends_prompt = False
+
+    def view_path(self, keys: Sequence[str], *, verify: bool = False) -> contextlib.AbstractContextManager[PathViews]:
+        """Context manager giving read-only memoryviews of a path in place: up to the first key that is missing.
+
+        Counts a use of each; the deepest is queued first. The entries are pinned inside the block, and for as long as
+        an array lives that was made from any of the views. `.entries` of the list says what the pool knows about each.
+        `verify`: an entry that has a checksum (see `reserve_path`) and does not match it is deleted, and ends the path.
+        Takes the lock once for 256 keys, some 4 us each.
+        """
+        encoded = encode_keys(keys)
+        self._check_open()
+        return _PathReader(self, encoded, verify)
+
+    def get_path_into(self, keys: Sequence[str], targets: Sequence[Any]) -> int:
+        """Copy the values of a path into writable buffers, up to the first key that is missing; returns how many.
+
+        Each target must have just the size of its value, or InvalidArgumentError says which has not, and nothing is
+        counted. Counts a use of each value copied. Values are copied without the lock; the target behind the last one
+        may have been written to. Buffers: anything that is C-contiguous and writable, such as a bytearray or an array.
+        """
+        encoded = encode_keys(keys)
+        self._check_open()
+        if len(encoded) != len(targets):
+            raise InvalidArgumentError(f"{len(encoded)} keys and {len(targets)} targets must be as many")
+        views = [_writable_bytes(target) for target in targets]
+        count = 0
+        for key, target in zip(encoded, views, strict=True):
+            if not self._copy_into(key, target):
+                break
+            count += 1
+        for number, some in enumerate(_parts(encoded[: count + 1], ENTRIES_A_STEP)):
+            self._locked(Index.use_path, some, min(len(some), count - number * ENTRIES_A_STEP), not number)
+        self._touch(encoded[:count])
+        return count
+
+    def _copy_into(self, key: bytes, target: memoryview) -> bool:
+        """Copy a value, without counting a use of it; False if there is none."""
+        with contextlib.suppress(PoolClosedError, IndexError, ValueError):
+            for _ in UNLOCKED_TRIES if self._may_read_unlocked() else ():
+                words, table = self._words, self._table
+                changes, is_dirty = words[CHANGES], words[DIRTY]
+                use, offset, size = table.find_use(key)
+                if use > 0 and size == len(target):
+                    with self._mapped.read_only[offset : offset + size] as value:
+                        target[:] = value
+                    if table.is_current(use):
+                        return True
+                elif not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes:
+                    return False
+        with _View(self, key, counts=False) as view:
+            if view is None:
+                return False
+            if len(view) != len(target):
+                raise InvalidArgumentError(
+                    f"the value under {key.decode()!r} has {len(view)} bytes, its target must have as many, not "
+                    f"{len(target)}"
+                )
+            target[:] = view
+        return True
+
+    def reserve_path(
+        self,
+        keys: Sequence[str],
+        sizes: Sequence[int],
+        each: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        zero: bool = True,
+        checksums: bool = False,
+        **meta: Any,
+    ) -> contextlib.AbstractContextManager[list[memoryview | None]]:
+        """Context manager giving a writable memoryview for each value of a path, root first, which exist afterwards.
+
+        None stands where a value of that size, dtype and shape is there already. The list is shorter where no more can
+        be stored. All of it is pinned inside the block. On a clean exit the new values become entries, root first, and
+        the path is queued, the deepest first; on an error nothing is stored. A value that another process has stored
+        meanwhile stays. Keyword arguments as in `put`, with dtype, shape and framework; `each` has more of them, a dict
+        for each key. `zero=False` spares the zeroing: then write every byte, for what you leave shows old bytes of
+        other entries. `checksums` stores a CRC-32 with each new value, for `view_path(..., verify=True)`.
+        Takes the lock once for 64 keys at the start, and again at the end.
+        """
+        encoded = encode_keys(keys)
+        self._check_open()
+        for what, given in (("sizes", sizes), ("dicts in each", each)):
+            if given is not None and len(given) != len(encoded):
+                raise InvalidArgumentError(f"{len(encoded)} keys need as many {what}, not {len(given)}")
+        if len(set(encoded)) < len(encoded):
+            raise InvalidArgumentError(f"the keys of a path must differ: {len(encoded) - len(set(encoded))} do not")
+        sizes = [check_int("size", size, 0) for size in sizes]
+        more = [{}] * len(encoded) if each is None else each
+        if not all(isinstance(about, Mapping) for about in more):
+            raise InvalidArgumentError(f"each {_show(each)} must be a list of dicts, one for each key")
+        metas = [
+            _checked_meta(key, size, {**meta, **about} if about else meta)
+            for key, size, about in zip(encoded, sizes, more, strict=True)
+        ]
+        return _PathWriter(self, encoded, sizes, metas, zero, checksums)
+
+    def put_path(
+        self, keys: Sequence[str], values: Sequence[Any], each: Sequence[Mapping[str, Any]] | None = None, **how: Any
+    ) -> int:
+        """Store copies of the values of a path that are not there yet; returns how many of the path are there then.
+
+        Arguments and the rest as for `reserve_path`; values are what `put` takes.
+        """
+        data = [as_bytes(value) for value in values]
+        sizes = [value.nbytes for value in data]
+        with self.reserve_path(keys, sizes, each, **{**how, "zero": False}) as targets:
+            for target, value in zip(targets, data, strict=False):
+                if target is not None:
+                    target[:] = value.cast("B") if value.nbytes else b""
+        return len(targets)
+
+    def claim(self, key: str, wait: float = 0.0) -> bool:
+        """Be the one that computes the value of `key`, until `unclaim`; False if another one is, after `wait` seconds.
+
+        Others that claim the key meanwhile wait, or get False: another process, another handle, or another thread with
+        this one. A claim holds back nobody who does not ask. It ends with `unclaim`, with the handle, and with the
+        process, killed or not. The key need not be there. Takes none of the pool's locks.
+        """
+        encoded = encode_key(key)
+        check_seconds("wait", wait)
+        byte, until, pause = _claim_byte(encoded), time.monotonic() + wait, STEP_PAUSE
+        while True:
+            if not _own_process[0]:
+                _adopt_pools()
+            with self._mutex:
+                self._check_open()
+                if byte in self._claims:
+                    if self._claims[byte] == threading.get_ident():
+                        return True
+                elif _try_lock_byte(self._mapped.fd, fcntl.F_WRLCK, byte):
+                    self._claims[byte] = threading.get_ident()
+                    return True
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 0.01)
+
+    def unclaim(self, key: str) -> bool:
+        """End a claim of this handle; False if it has none on that key."""
+        byte = _claim_byte(encode_key(key))
+        if not _own_process[0]:
+            _adopt_pools()
+        with self._mutex:
+            self._check_open()
+            _record_lock(self._mapped.fd, fcntl.F_UNLCK, byte, fcntl.F_OFD_SETLK)
+            return self._claims.pop(byte, None) is not None
 
     # --- removing ----------------------------------------------------------------------------------------------------
 
@@ -5957,10 +6361,11 @@ def _encode_prefix(prefix_hash: str) -> bytes:
     return prefix_hash.encode(errors="surrogatepass")
 
 
-def _take_back(view: memoryview, owner: memoryview) -> bool:
-    """Release a view made by `_lend` and what it shows; False if arrays made from it live on."""
+def _take_back(views: Iterable[memoryview], owner: memoryview) -> bool:
+    """Release views made by `_lend`, and what they show; False if arrays made from them live on."""
     try:
-        view.release()
+        for view in views:
+            view.release()
         owner.release()
     except BufferError:
         return False
@@ -5989,6 +6394,14 @@ def as_bytes(data: Any) -> memoryview:
     if not view.c_contiguous:
         return memoryview(view.tobytes())
     return view
+
+
+def _writable_bytes(target: Any) -> memoryview:
+    """Return a flat view of the bytes of a writable buffer."""
+    view = as_bytes(target)
+    if view.readonly:  # or a copy of what is not contiguous
+        raise InvalidArgumentError(f"target {_show(target)} must be a C-contiguous buffer that can be written to")
+    return view.cast("B") if view.nbytes else memoryview(bytearray())
 
 
 _NUMPY_DTYPES = {
@@ -6440,6 +6853,7 @@ class PrefixCache:
         self._lock = threading.Lock()
         names = ("tokens_requested", "tokens_hit", "blocks_stored", "blocks_shared", "bytes_saved")
         self._counts = dict.fromkeys(names, 0)
+        self._claims: dict[str, float] = {}  # block that we compute -> until when others are to wait for it
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to another process, its pool is opened there by name; statistics begin anew."""
@@ -6551,9 +6965,8 @@ class PrefixCache:
 
     def lookup(self, hashes: Sequence[str]) -> tuple[list[Any], int]:
         """Return (copies of the blocks of the leading run that is there, how many tokens they cover)."""
-        check_keys(hashes)
-        with _OpenPath(self, hashes) as opened:
-            blocks = [_copy_block(view, entry) for view, entry in opened]
+        with self.pool.view_path(hashes, verify=self.verify) as views:
+            blocks = [_copy_block(view, entry) for view, entry in zip(views, views.entries, strict=True)]
         self._count(tokens_requested=len(hashes) * self.block_size, tokens_hit=len(blocks) * self.block_size)
         return blocks, len(blocks) * self.block_size
 
@@ -6581,37 +6994,23 @@ class PrefixCache:
         write: Callable[[int, memoryview], None],
         priority: int,
     ) -> int:
-        """Store the blocks that are missing: (size, dtype, shape, framework) of each; `write` fills one.
-
-        The path so far is pinned, so that it is not evicted for its own tail. A kill in between leaves a shorter path.
-        """
-        pool, stored, shared, saved = self.pool, 0, 0, 0
-        tokens: list[int] = []
+        """Store the blocks that are missing: (size, dtype, shape, framework) of each; `write` fills one."""
+        sizes = [size for size, _, _, _ in kinds]
+        each = [
+            {"dtype": dtype, "shape": shape, "framework": framework, "sequence_length": number * self.block_size}
+            for number, (_, dtype, shape, framework) in enumerate(kinds, 1)
+        ]
+        how: dict[str, Any] = {"prefix_hash": self._prefix_hash, "priority": priority, "zero": False}
         try:
-            for number, (key, (size, dtype, shape, framework)) in enumerate(zip(hashes, kinds, strict=True)):
-                encoded = encode_key(key)
-                length = (number + 1) * self.block_size
-                meta = EntryMeta.of(encoded, size, self._prefix_hash, priority, length, 0, dtype, shape, framework)
-                tokens.append(token := next(pool._tokens))
-                if pool._locked(Index.pin_same, encoded, size, meta.tensor, token):
-                    shared, saved = shared + 1, saved + size
-                    continue
-                place = pool._reserve(encoded, size, meta, token)
-                if place is None:
-                    break
-                with pool._buffer[place[0] : place[0] + size] as target:
-                    write(number, target)
-                    checksum = zlib.crc32(target) if self.verify else 0
-                pool._commit(token, keep_pinned=True, checksum=checksum)
-                stored += 1
-            pool._locked(Index.requeue, [encode_key(key) for key in hashes[: stored + shared]])
-            pool._locked(Index.unpin, *tokens, after_close=True)
-            pool._close_if_unused()
-        except BaseException:
-            pool._due.extend(tokens)
-            pool._settle_due()
-            raise
-        self._count(blocks_stored=stored, blocks_shared=shared, bytes_saved=saved)
+            with self.pool.reserve_path(hashes, sizes, each, checksums=self.verify, **how) as targets:
+                for number, target in enumerate(targets):
+                    if target is not None:
+                        write(number, target)
+        finally:
+            self._unclaim(hashes)
+        shared = [size for size, target in zip(sizes, targets, strict=False) if target is None]
+        stored = len(targets) - len(shared)
+        self._count(blocks_stored=stored, blocks_shared=len(shared), bytes_saved=sum(shared))
         return stored
 
     # --- the KV of a model -------------------------------------------------------------------------------------------
@@ -6714,6 +7113,7 @@ class PrefixCache:
         *,
         block_extra: Mapping[int, str] | None = None,
         length: int | None = None,
+        wait: float = 0.0,
     ) -> tuple[Any, int]:
         """Return (KV of the longest cached prefix of `tokens`, how many tokens it covers); (None, 0) if there is none.
 
@@ -6721,25 +7121,62 @@ class PrefixCache:
         each call, for generate changes it; for `batch_size` prompts that begin with these tokens it is one copy.
         It never covers all of `tokens`: the model must see the last one to go on from it. Blocks of another dtype or
         layer shape than the first end the run. `length`: see `compute_block_hashes`; of several prompts the longest.
+
+        `wait`: up to so many seconds, wait for another one that is computing what is missing, so that of several that
+        ask for one prompt at once just one computes it. Where nobody is, this call makes you that one: others wait
+        until you `store` the KV, or `abandon` it, or end (a kill counts), or have held them up for `wait` seconds.
         """
         check_int("batch_size", batch_size, 1)
+        check_seconds("wait", wait)
         if _is_batch(tokens):
             raise InvalidArgumentError("tokens must be one row: load the prefix that the rows share, with batch_size")
         if batch_size > 1 and length is None:
             self._check_length_is_known()
         hashes = self._find_hashes(tokens, block_extra, length)
-        with _OpenPath(self, hashes) as opened:
-            kinds = [(entry.framework, entry.dtype, entry.shape) for _, entry in opened]
+        if wait:
+            self._await(hashes[: (len(tokens) - 1) // self.block_size], wait)
+        with self.pool.view_path(hashes, verify=self.verify) as views:
+            kinds = [(entry.framework, entry.dtype, entry.shape) for entry in views.entries]
             usable = len(list(itertools.takewhile(lambda kind: kind == kinds[0], kinds))) if kinds else 0
             num_tokens = min(usable * self.block_size, len(tokens) - 1)
             if num_tokens <= 0 or len(kinds[0][2]) != 5 or kinds[0][2][3] != self.block_size:
                 num_tokens, kv = 0, None
             else:
-                kv = _join_blocks([view for view, _ in opened[:usable]], *kinds[0], num_tokens)
+                kv = _join_blocks(views[:usable], *kinds[0], num_tokens)
         self._count(tokens_requested=len(tokens), tokens_hit=num_tokens)
         if kv is not None and kinds[0][0] == "transformers":
             return _dynamic_cache(kv, batch_size), num_tokens
         return kv, num_tokens
+
+    def _await(self, hashes: Sequence[str], wait: float) -> None:
+        """Wait while another one computes the first block that is missing; where nobody does, become that one."""
+        pool, until = self.pool, time.monotonic() + wait
+        self._unclaim(())
+        while (there := pool.count_path(hashes)) < len(hashes):
+            if pool.claim(hashes[there], min(max(until - time.monotonic(), 0), CLAIM_LOOK)):
+                if pool.count_path(hashes) == there:
+                    with self._lock:
+                        self._claims[hashes[there]] = time.monotonic() + wait
+                    return
+                pool.unclaim(hashes[there])  # its owner stored it just before
+            elif time.monotonic() >= until:
+                return
+
+    def _unclaim(self, hashes: Collection[str]) -> None:
+        """Let others have the claims on these blocks, and those that have held them up for long."""
+        if not self._claims:
+            return
+        now, wanted = time.monotonic(), frozenset(hashes)
+        with self._lock:
+            ended = [key for key, until in self._claims.items() if key in wanted or until < now]
+            for key in ended:
+                del self._claims[key]
+        for key in ended:
+            self.pool.unclaim(key)
+
+    def abandon(self, tokens: Any, *, block_extra: Mapping[int, str] | None = None, length: int | None = None) -> None:
+        """Say that the KV of these tokens will not be stored after all: others that wait for it in `load` go on."""
+        self._unclaim(self._find_hashes(tokens, block_extra, length))
 
     def _check_length_is_known(self) -> None:
         """UnsupportedError if the KV of a prefix depends on the length of the prompts that begin with it."""
@@ -7080,38 +7517,6 @@ def _sample(tensors: Iterable[Any]) -> bytes:
     return b"".join(bytes(memoryview(torch.cat(each).cpu().numpy())) for each in pieces.values())
 
 
-class _OpenPath:
-    """Context manager that gives the leading run of blocks, pinned and intact: (view, entry) of each.
-
-    A class, for a generator that an exception passes through keeps its frames, and so its views, in a cycle.
-    """
-
-    def __init__(self, cache: PrefixCache, hashes: Sequence[str]) -> None:
-        self.pool, self.verify = cache.pool, cache.verify
-        self.keys = [encode_key(key) for key in hashes]
-        self.token = next(self.pool._tokens)
-        self.views: list[memoryview] = []
-
-    def __enter__(self) -> list[tuple[memoryview, CacheEntry]]:
-        opened = self.pool._open_path(self.keys, self.token)
-        self.views = [view for view, _, _ in opened]
-        intact = []
-        try:
-            for view, entry, checksum in opened:
-                if self.verify and checksum and zlib.crc32(view) != checksum:
-                    self.pool.delete(entry.key)
-                    break
-                intact.append((view, entry))
-        except BaseException:
-            self.__exit__()
-            raise
-        return intact
-
-    def __exit__(self, *_: object) -> None:
-        self.pool._close_path(self.views, self.token)
-        self.pool._close_if_unused()  # if another thread has closed it meanwhile
-
-
 def _is_batch(tokens: Any) -> bool:
     if isinstance(tokens, (list, tuple)):
         return bool(tokens) and bool(getattr(tokens[0], "ndim", hasattr(tokens[0], "__len__")))
@@ -7136,29 +7541,49 @@ def _copy_block(view: memoryview, entry: CacheEntry) -> Any:
         return json.loads(bytes(view))
     if not entry.dtype:
         return bytes(view)
-    tensor = as_tensor(view, entry.dtype, entry.shape, entry.framework)
-    return tensor.clone() if hasattr(tensor, "clone") else tensor.copy()
+    return as_tensor(memoryview(bytearray(view)), entry.dtype, entry.shape, entry.framework, True)
 
 
 def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tuple[int, ...], num_tokens: int) -> Any:
-    """One array of `num_tokens` tokens from blocks of shape (layers, 2, heads, block size, head size): one copy."""
-    blocks = [as_tensor(view, dtype, shape, framework) for view in views]
-    whole = (*blocks[0].shape[:3], num_tokens, blocks[0].shape[4])  # torch counts F4 in pairs
+    """One array of `num_tokens` tokens from blocks of shape (layers, 2, heads, block size, head size): one copy.
+
+    The copy is numpy's, of plain words, whatever the dtype: it lets other threads run, so some share a large one.
+    """
+    numpy, name = _library("numpy"), _DTYPE_NAMES.get(dtype)
+    if name is None:
+        raise InvalidArgumentError(f"neither numpy nor torch has {dtype}: use `KVCachePool.view_path` for the bytes")
+    if name not in _NUMPY_DTYPES:
+        shape = _torch_shape(name, shape)  # torch counts F4 in pairs
+    word = f"u{max(DTYPE_BITS[dtype] // 8, 1)}"
+    whole = (*shape[:3], num_tokens, shape[4])
     if framework == "numpy":
-        numpy = _library("numpy")
         # On a cache line, as torch's start. numpy's own start 16 bytes into a page and the blocks at one: processors
         # that compare only the low 12 bits of loads with those of stores before them then stall (94 MB: 48 ms, not 22).
         size = tensor_bytes(dtype, whole)
         room = numpy.empty(size + 63, numpy.uint8)
         skip = -room.ctypes.data % 64
-        joined = room[skip : skip + size].view(blocks[0].dtype).reshape(whole)
+        joined = room[skip : skip + size].view(name).reshape(whole)
+        words = joined.view(word)
     else:
         torch = _library("torch")
-        joined = torch.empty(whole, dtype=blocks[0].dtype, device="cpu")  # whatever the default device
-    for number, block in enumerate(blocks):
-        at = number * shape[3]
-        end = min(at + shape[3], num_tokens)
-        joined[:, :, :, at:end] = block[:, :, :, : end - at]
+        joined = torch.empty(whole, dtype=getattr(torch, name), device="cpu")  # whatever the default device
+        words = joined.view(torch.uint8).numpy().view(word)
+
+    def copy(numbers: Iterable[int]) -> None:
+        for number in numbers:
+            at = number * shape[3]
+            end = min(at + shape[3], num_tokens)
+            block = numpy.frombuffer(views[number], word).reshape(shape)
+            words[:, :, :, at:end] = block[:, :, :, : end - at]
+
+    num_threads = min(os.cpu_count() or 1, 4)
+    if words.nbytes < PARALLEL_COPY or num_threads == 1:
+        copy(range(len(views)))
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(num_threads) as threads:
+            list(threads.map(copy, [range(n, len(views), num_threads) for n in range(num_threads)]))
     return joined
 
 

@@ -141,9 +141,19 @@ def words_of(pool: KVCachePool) -> Any:
 
 
 def owner_of(pool: KVCachePool, name: str) -> Any:
-    """What has the method of that name: the handle, a room behind it, or the module."""
+    """What has the method of that name: the handle, a room behind it, or the module.
+
+    `KVCachePool._locked` calls the public methods of Index by way of the class.
+    """
     index = index_of(pool)
-    return next(owner for owner in (index.pins, index.uses, index.table, pool, index, kv) if hasattr(owner, name))
+    within: Any = index if name.startswith("_") else kv.Index
+    return next(owner for owner in (index.pins, index.uses, index.table, pool, within, kv) if hasattr(owner, name))
+
+
+def named_slot(pool: KVCachePool) -> int:
+    """The slot that a view of this handle pins without the lock."""
+    (slot,) = index_of(pool).pins.held[index_of(pool).pins.named]
+    return slot
 
 
 def segment_path(pool: KVCachePool) -> str:
@@ -2531,7 +2541,7 @@ class TestPool:
                 index_of(pool).pins.name(0)  # half of what the end of the view does
                 assert other.check() == []
                 assert other.get_stats()["allocated_blocks"] == 0
-                index_of(pool).pins.name(index_of(pool).pins.held[index_of(pool).pins.named])
+                index_of(pool).pins.name(named_slot(pool))
             assert_sound(other)
             pool.put("k", payload("k", 6 * BLOCK_SIZE))
             with pool.view("k"):
@@ -3788,9 +3798,9 @@ class TestOutliving:
             cache = make_prefix_cache(pool, block_size=2)
             hashes = cache.compute_block_hashes([1, 2, 3, 4])
             cache.insert(hashes, [b"1" * 50, b"2" * 50])
-            with kv._OpenPath(cache, hashes) as opened:
+            with cache.pool.view_path(hashes) as opened:
                 pool.close()
-                assert [bytes(view) for view, _ in opened] == [b"1" * 50, b"2" * 50]
+                assert [bytes(view) for view in opened] == [b"1" * 50, b"2" * 50]
                 del opened
             assert pool._segment is None
             assert not kv._lent_out
@@ -3947,7 +3957,7 @@ class TestForks:
                 assert pool._segment.session == session
                 assert index_of(pool).pins.is_pinned(index_of(pool).table.find(b"pinned"))
                 assert bytes(view) == payload("k", BLOCK_SIZE)
-                assert index_of(pool).pins.is_named(index_of(pool).pins.held[index_of(pool).pins.named])
+                assert index_of(pool).pins.is_named(named_slot(pool))
             pool.unpin("pinned")
             assert_sound(pool)
             pool.unlink()
@@ -4803,7 +4813,7 @@ class TestReads:
         with make_pool(20) as pool, KVCachePool.attach("pool") as other:
             pool.put("key", b"x")
             slot = index_of(pool).table.find(b"key")
-            lend, pids = pool._lend, []
+            lend, pids = pool._lend_one, []
 
             def fork_first(*args: Any) -> memoryview:
                 view = lend(*args)
@@ -4811,7 +4821,7 @@ class TestReads:
                     pids.append(os.fork())
                 return view
 
-            monkeypatch.setattr(pool, "_lend", fork_first)
+            monkeypatch.setattr(pool, "_lend_one", fork_first)
             theirs, ours = os.pipe()
             with pool.view("key") as view:
                 if not pids[0]:
@@ -5179,10 +5189,10 @@ class TestTwoInterrupts:
         ("cut", "call"),
         [
             ("_release_pin", lambda pool: pool.get("large")),
-            ("_commit", lambda pool: pool.put("new", bytes(LARGE))),
-            ("_commit", lambda pool: pool.put("large", bytes(LARGE))),
+            ("commit", lambda pool: pool.put("new", bytes(LARGE))),
+            ("commit", lambda pool: pool.put("large", bytes(LARGE))),
             ("_map_pages", lambda pool: pool.put("new", bytes(LARGE))),
-            ("_lend", lambda pool: pool.reserve("new", LARGE).__enter__()),
+            ("_lend_one", lambda pool: pool.reserve("new", LARGE).__enter__()),
             ("_zero", lambda pool: pool.reserve("new", LARGE).__enter__()),
             ("hold_by_name", view_and_use),
             ("_release_pin", lambda pool: pool.view("large").__enter__().release()),
