@@ -2071,6 +2071,15 @@ def delete_while_pinned(pool: KVCachePool) -> None:
     pool.unpin("old")
 
 
+def put_a_path(pool: KVCachePool) -> None:
+    pool.put_path(["a", "p1", "p2", "p3"], [payload(key, SMALL) for key in ("a", "new", "new", "new")], prefix_hash="p")
+
+
+def read_a_path(pool: KVCachePool) -> None:
+    with pool.view_path(["old", "a", "b", "missing"]) as views:
+        assert [len(view) for view in views] == [LARGE, SMALL, 1]
+
+
 # name -> (fill, operation, keys that may come, change or go)
 OPERATIONS: dict[str, tuple[Callable[[KVCachePool], None], Callable[[KVCachePool], Any], set[str]]] = {
     "put": (fill_roomy, lambda pool: pool.put("new", payload("new", SMALL), prefix_hash="p"), {"new"}),
@@ -2092,6 +2101,9 @@ OPERATIONS: dict[str, tuple[Callable[[KVCachePool], None], Callable[[KVCachePool
     "delete while pinned": (fill_roomy, delete_while_pinned, {"old"}),
     "evict": (fill_fragmented, lambda pool: pool.evict(25), {"k01", "k03", "k05", "k07", "k09", "k11", "k13", "k15"}),
     "touch": (fill_roomy, lambda pool: pool.touch(["old", "a", "b", "c"], ends_prompt=True), set()),
+    "put path": (fill_roomy, put_a_path, {"p1", "p2", "p3"}),
+    "view path": (fill_roomy, read_a_path, set()),
+    "get path into": (fill_roomy, lambda pool: pool.get_path_into(["a", "b"], [bytearray(SMALL), bytearray(1)]), set()),
     "set policy": (fill_roomy, lambda pool: pool.set_eviction_policy("fifo"), set()),
     "set policy adaptive": (fill_roomy, lambda pool: pool.set_eviction_policy("adaptive"), set()),
     "clear": (fill_roomy, lambda pool: pool.clear(), {"old", "a", "b", "c"}),
@@ -2339,6 +2351,116 @@ def hammer(name: str, seed: float) -> None:
 
 
 # --- pool -----------------------------------------------------------------------------------------------------------
+
+
+def make_index(blocks: int = 16, policy: str = "lru", dead: set[int] | None = None, **changes: Any) -> kv.Index:
+    """An index over private memory, without processes; sessions in `dead` have died."""
+    geometry = kv.Geometry.of(make_config(blocks=blocks, eviction_policy=policy, **changes))
+    memory = kv.Memory(mmap.mmap(-1, geometry.bytes_with_ghosts))
+    gone = set() if dead is None else dead
+    ghosts = memory.buffer[geometry.ghosts_offset :] if policy == "adaptive" else None
+    index = kv.Index(memory, geometry, EvictionPolicy(policy), ghosts, lambda session: session not in gone)
+    index.rebuild()
+    enter_session(index, 0)
+    return index
+
+
+def enter_session(index: kv.Index, session: int) -> None:
+    index.pins.enter(session, 1000 + session)
+    index.act_for(session)
+
+
+def put_into(index: kv.Index, key: str, size: int) -> bool:
+    return index.put(key.encode(), payload(key, size), size, kv.NO_META, False)
+
+
+class TestIndex:
+    """What is done under the lock, over private memory: no segment, no lock, no other process."""
+
+    @pytest.mark.parametrize("policy", [policy.value for policy in EvictionPolicy])
+    def test_it_stores_finds_and_evicts(self, policy: str) -> None:
+        index = make_index(8, policy)
+        assert all(put_into(index, f"k{i}", SMALL) for i in range(6))
+        found = [i for i in range(6) if index.get(f"k{i}".encode(), 0) == payload(f"k{i}", SMALL)]
+        assert found == [2, 3, 4, 5]
+        assert index.stats()["evictions"] == 2
+        assert index.check(False) == []
+
+    def test_what_dead_sessions_hold_is_freed(self) -> None:
+        dead: set[int] = set()
+        index = make_index(8, dead=dead)
+        put_into(index, "pinned", SMALL)
+        put_into(index, "named", SMALL)
+        enter_session(index, 5)
+        assert index.pin(b"pinned", 1)
+        assert index.hold(b"named", 2, False)
+        assert index.reserve(b"new", SMALL, kv.NO_META, 3)
+        enter_session(index, 0)
+        assert not put_into(index, "large", 7 * BLOCK_SIZE)
+        assert index.count_pinned(index.table.used()) == 2
+        dead.add(5)
+        assert put_into(index, "large", 7 * BLOCK_SIZE)
+        assert index.pins.sessions() == {0: 1000}
+        assert index.check(False) == []
+
+    def test_a_cut_off_call_holds_nothing(self) -> None:
+        index = make_index(8)
+        put_into(index, "key", SMALL)
+        index.pin(b"key", 1)
+        index.pin(b"key", 2)
+        index.reserve(b"new", SMALL, kv.NO_META, 3)
+        index.settle_own([2, 3, 4])
+        assert (index.pins.held, index.pins.counts, index.pins.writing) == ({1: (1,)}, {1: 1}, set())
+        assert index.table.slots(kv.WRITING) == []
+        assert index.pins.is_pinned(1)
+        index.settle_own([1])
+        assert not index.pins.is_pinned(1)
+        assert index.check(False) == []
+
+    def test_a_rebuild_finds_all_again(self) -> None:
+        index = make_index(32)
+        for i in range(12):
+            put_into(index, f"k{i}", SMALL)
+        order = list(index.order.victims_locked())
+        first, last = index.geometry.heads_offset, index.geometry.records_offset
+        numbers = {slot: index.order.numbers_locked(slot) for slot in order}
+        index.memory[first : first + 8 * index.geometry.num_slots] = bytes(8 * index.geometry.num_slots)
+        index.memory[HEADER_SIZE : HEADER_SIZE + 8] = bytes(8)
+        assert index.check(False)
+        assert index.check(True)
+        assert index.check(False) == []
+        assert list(index.order.victims_locked()) == order
+        assert {slot: index.order.numbers_locked(slot) for slot in order} == numbers
+        assert last > first
+        assert index.get(b"k3", 0) == payload("k3", SMALL)
+
+    def test_an_error_inside_a_change_leaves_it_dirty(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        index = make_index()
+        put_into(index, "old", SMALL)
+        monkeypatch.setattr(index.order, "link_locked", lambda slot: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            put_into(index, "new", SMALL)
+        monkeypatch.undo()
+        assert index.words[kv.DIRTY] == 1
+        index.begin_anew()
+        index.repair()
+        assert index.words[kv.DIRTY] == 0
+        assert index.get(b"old", 0) == payload("old", SMALL)
+        assert index.check(False) == []
+
+    def test_two_sessions_that_commit_one_path_keep_one_copy(self) -> None:
+        index = make_index(16)
+        keys, sizes, metas = [b"a", b"b"], [SMALL, SMALL], [kv.NO_META] * 2
+        first = index.reserve_path(keys, sizes, metas, 1)
+        enter_session(index, 1)
+        second = index.reserve_path(keys, sizes, metas, 11)
+        assert None not in first + second
+        index.commit_path({11: 0, 12: 0}, ())
+        kept = [index.table.place(slot) for slot in index.find_path(keys)]
+        index.commit_path({1: 0, 2: 0}, ())
+        assert [index.table.place(slot) for slot in index.find_path(keys)] == kept == second
+        assert index.stats()["allocated_blocks"] == 4
+        assert index.check(False) == []
 
 
 class TestPool:
@@ -4947,6 +5069,384 @@ class TestReads:
                     worker.join()
             assert sum(found) > 50
             assert_sound(pool)
+
+
+class TestPaths:
+    """The blocks of one prompt, root first, in one call."""
+
+    KEYS = tuple(f"block {i}" for i in range(6))
+
+    def fill(self, pool: KVCachePool, count: int = 6) -> list[str]:
+        keys = list(self.KEYS[:count])
+        assert pool.put_path(keys, [payload(key, SMALL) for key in keys], prefix_hash="p") == count
+        return keys
+
+    def test_views_are_of_the_leading_run_in_place(self) -> None:
+        with make_pool() as pool:
+            keys = self.fill(pool)
+            pool.delete(keys[4])
+            with pool.view_path(keys) as views:
+                assert views == [payload(key, SMALL) for key in keys[:4]]
+                assert all(view.readonly for view in views)
+                assert [entry.key for entry in views.entries] == keys[:4]
+                assert pool.get_stats()["pinned_entries"] == 4
+            stats = pool.get_stats()
+            assert (stats["hits"], stats["misses"], stats["pinned_entries"]) == (4, 1, 0)
+            assert [entry.access_count for entry in pool.entries.values()] == [0, 1, 1, 1, 1]
+            assert list(pool) == [keys[5], *keys[3::-1]]  # tails leave before heads
+            with pytest.raises(ValueError, match="released"):
+                bytes(views[0])
+            with pool.view_path(["missing"]) as views, pool.view_path([]) as none:
+                assert views == none == []
+                assert views.entries == []
+            assert_sound(pool)
+
+    def test_what_is_viewed_stays_as_long_as_an_array_of_it(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool(12) as pool, KVCachePool.attach("pool") as other:
+            keys = self.fill(pool, 3)
+            with pool.view_path(keys) as views:
+                array = numpy.frombuffer(views[1], "u1")[10:]
+                assert not other.put("large", bytes(12 * BLOCK_SIZE))
+            assert not other.put("large", bytes(12 * BLOCK_SIZE))
+            assert bytes(array) == payload(keys[1], SMALL)[10:]
+            del array, views
+            assert other.put("large", bytes(12 * BLOCK_SIZE))
+            assert_sound(pool)
+
+    def test_a_pool_that_is_dropped_while_an_array_of_a_path_lives(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool(6) as keeper:
+
+            def array_of() -> Any:
+                pool = KVCachePool.attach("pool")
+                keys = self.fill(pool, 3)
+                with pool.view_path(keys) as views:
+                    return numpy.frombuffer(views[2], "u1")
+
+            array = array_of()
+            assert not keeper.put("large", bytes(6 * BLOCK_SIZE))
+            assert bytes(array) == payload(self.KEYS[2], SMALL)
+            del array
+            assert keeper.put("large", bytes(6 * BLOCK_SIZE))
+            assert_sound(keeper)
+
+    def test_values_are_copied_into_buffers(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool() as pool:
+            keys = self.fill(pool, 3)
+            targets = [bytearray(SMALL), numpy.empty((2, SMALL // 2), "u1"), memoryview(bytearray(SMALL)), bytearray(7)]
+            assert pool.get_path_into([*keys, "missing"], targets) == 3
+            assert [bytes(target) for target in targets[:3]] == [payload(key, SMALL) for key in keys]
+            stats = pool.get_stats()
+            assert (stats["hits"], stats["misses"]) == (3, 1)
+            assert list(pool) == keys[::-1]
+            assert pool.get_path_into([], []) == 0
+            pool.put("empty", b"")
+            assert pool.get_path_into(["empty"], [b""[:0] or bytearray()]) == 1
+
+    def test_targets_that_cannot_be_used_are_named(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool() as pool:
+            keys = self.fill(pool, 2)
+            for targets, message in (
+                (
+                    [bytearray(SMALL), bytearray(SMALL - 1)],
+                    f"'block 1' has {SMALL} bytes, its target .* not {SMALL - 1}",
+                ),
+                ([bytearray(SMALL)], "2 keys and 1 targets"),
+                ([bytearray(SMALL), bytes(SMALL)], "can be written to"),
+                ([numpy.empty((SMALL, 2), "u1")[:, 0]] * 2, "C-contiguous"),
+                ([bytearray(SMALL), 5], "no buffer"),
+            ):
+                with pytest.raises(kv.InvalidArgumentError, match=message):
+                    pool.get_path_into(keys, targets)
+            assert pool.get_stats()["hits"] == 0
+            assert_sound(pool)
+
+    def test_copies_into_buffers_need_no_lock(self) -> None:
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            keys = self.fill(pool, 3)
+            target = bytearray(SMALL)
+            with other._mutex:
+                fcntl.flock(other._segment.fd, fcntl.LOCK_EX)
+                assert pool._copy_into(keys[0].encode(), memoryview(target))
+                assert not pool._copy_into(b"missing", memoryview(target))
+                fcntl.flock(other._segment.fd, fcntl.LOCK_UN)
+            assert target == payload(keys[0], SMALL)
+
+    def test_a_reservation_gives_what_is_missing(self) -> None:
+        with make_pool() as pool:
+            keys = self.fill(pool, 2)
+            more = [*keys, "new 0", "new 1"]
+            with pool.reserve_path(more, [SMALL] * 4, [{"sequence_length": i} for i in range(4)], priority=3) as views:
+                assert views[:2] == [None, None]
+                assert bytes(views[2]) == bytes(SMALL)  # zeroed
+                assert pool.get_stats()["pinned_entries"] == 2
+                for key, view in zip(more[2:], views[2:], strict=True):
+                    view[:] = payload(key, SMALL)
+                    assert key not in pool
+            assert [pool.peek(key).sequence_length for key in more] == [0, 0, 2, 3]
+            assert [pool.peek(key).priority for key in more] == [3] * 4  # no parent has a lower one
+            assert [pool.peek(key).access_count for key in more] == [0] * 4
+            assert contents(pool) == {key: payload(key, SMALL) for key in more}
+            assert_sound(pool)
+
+    def test_other_sizes_and_shapes_are_replaced(self) -> None:
+        with make_pool() as pool:
+            pool.put("a", b"123")
+            pool.put("b", b"1234")
+            with pool.reserve_path(["a", "b"], [4, 4], dtype="U8", shape=(4,), framework="numpy") as views:
+                assert None not in views
+                for view in views:
+                    view[:] = b"abcd"
+            assert (pool.get("a"), pool.get("b"), pool.peek("b").dtype) == (b"abcd", b"abcd", "U8")
+            assert_sound(pool)
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    def test_an_error_stores_nothing(self, error: type[BaseException]) -> None:
+        with make_pool() as pool:
+            keys = self.fill(pool, 2)
+            for zero in (True, False):
+                with pytest.raises(error), pool.reserve_path([*keys, "new"], [SMALL] * 3, zero=zero) as views:
+                    assert len(views) == 3
+                    raise error
+                assert "new" not in pool
+                assert pool.get_stats()["allocated_blocks"] == 4
+            with pytest.raises(error), pool.view_path(keys):
+                raise error
+            assert_sound(pool)
+
+    def test_a_path_that_does_not_fit_is_shorter(self) -> None:
+        with make_pool(8) as pool, KVCachePool.attach("pool") as other:
+            other.put("pinned", bytes(SMALL))
+            other.pin("pinned")
+            other.put("goes", bytes(SMALL))
+            assert pool.put_path(self.KEYS, [payload(key, SMALL) for key in self.KEYS]) == 3
+            assert pool.count_path(self.KEYS) == 3
+            assert "goes" not in pool
+            with pool.reserve_path(["large", "b"], [9 * BLOCK_SIZE, 1]) as views:
+                assert views == []
+            assert pool.count_path(self.KEYS) == 3
+            other.unpin("pinned")
+            assert_sound(pool)
+
+    def test_a_path_is_not_evicted_for_its_own_tail(self) -> None:
+        with make_pool(8) as pool:
+            keys = self.fill(pool, 3)
+            assert pool.put_path(self.KEYS, [payload(key, SMALL) for key in self.KEYS]) == 4
+            assert list(pool) == [*keys, self.KEYS[3]][::-1]
+
+    def test_arguments_that_cannot_be_used_change_nothing(self) -> None:
+        with make_pool() as pool:
+            for call, message in (
+                (lambda: pool.reserve_path(["a"], [1, 2]), "1 keys need as many sizes, not 2"),
+                (lambda: pool.reserve_path(["a"], [1], []), "1 keys need as many dicts in each, not 0"),
+                (lambda: pool.reserve_path(["a"], [1], [5]), "list of dicts"),
+                (lambda: pool.reserve_path(["a", "a"], [1, 1]), "must differ: 1 do not"),
+                (lambda: pool.reserve_path(["a"], [-1]), "size -1"),
+                (lambda: pool.reserve_path(["a"], [1], colour="red"), "no colour"),
+                (lambda: pool.reserve_path("abc", [1, 1, 1]), "must be a list of str"),
+                (lambda: pool.put_path(["a"], [object()]), "no buffer"),
+                (lambda: pool.view_path(["a", 5]), "key 5 is a int"),
+                (lambda: pool.claim("a", wait=-1), "wait -1"),
+            ):
+                with pytest.raises(kv.InvalidArgumentError, match=message):
+                    call()
+            assert len(pool) == 0
+            assert_sound(pool)
+
+    def test_a_damaged_block_ends_the_path(self) -> None:
+        with make_pool() as pool:
+            keys = list(self.KEYS[:4])
+            pool.put_path(keys, [payload(key, SMALL) for key in keys], checksums=True)
+            index_of(pool).memory[pool.peek(keys[2]).offset] ^= 1
+            with pool.view_path(keys) as views:
+                assert len(views) == 4
+            with pool.view_path(keys, verify=True) as views:
+                assert views == [payload(key, SMALL) for key in keys[:2]]
+                assert len(views.entries) == 2
+            assert [key in pool for key in keys] == [True, True, False, True]
+            assert_sound(pool)
+
+    def test_long_paths_are_handled_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kv, "ENTRIES_A_STEP", 4)
+        monkeypatch.setattr(kv, "KEYS_A_LOOK", 3)
+        keys = [f"k{i:02}" for i in range(10)]
+        for policy in ALL_POLICIES:
+            with make_pool(64, name=f"long-{policy.value}", eviction_policy=policy.value) as pool:
+                assert pool.put_path(keys[:5], [payload(key, 1) for key in keys[:5]]) == 5
+                assert pool.put_path(keys, [payload(key, 1) for key in keys], priority=2) == 10
+                assert pool.count_path([*keys, "missing"]) == 10
+                assert list(pool) == keys[::-1]
+                assert pool.touch(keys[:9]) == 9
+                with pool.view_path([*keys, "missing"]) as views:
+                    assert views == [payload(key, 1) for key in keys]
+                    assert len(views.entries) == 10
+                    assert pool.get_stats()["pinned_entries"] == 10
+                assert pool.get_path_into(keys, [bytearray(1) for _ in keys]) == 10
+                assert list(pool) == keys[::-1]
+                stats = pool.get_stats()
+                assert (stats["hits"], stats["misses"]) == (20, 1)
+                assert [pool.peek(key).access_count for key in keys] == [3] * 9 + [2]
+                assert_sound(pool)
+
+    @pytest.mark.parametrize("what", ["view", "reserve"])
+    def test_a_fork_inside_the_block(self, what: str) -> None:
+        with make_pool() as pool:
+            keys = self.fill(pool, 3)
+            block: Any = (
+                pool.view_path(keys) if what == "view" else pool.reserve_path([*keys, "new"], [SMALL] * 4, zero=False)
+            )
+            with block as views:
+                pid = os.fork()
+                if views[-1] is not None and what == "reserve" and pid:
+                    views[-1][:] = payload("new", SMALL)
+            if not pid:
+                os._exit(0 if pool.get(keys[0]) == payload(keys[0], SMALL) else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            assert pool.get("new") == (payload("new", SMALL) if what == "reserve" else None)
+            assert_sound(pool)
+
+    @pytest.mark.parametrize("what", ["view", "reserve"])
+    def test_a_close_inside_the_block(self, what: str) -> None:
+        with make_pool() as keeper:
+            pool = KVCachePool.attach("pool")
+            keys = self.fill(pool, 2)
+            block: Any = pool.view_path(keys) if what == "view" else pool.reserve_path([*keys, "new"], [SMALL] * 3)
+            with block as views:
+                pool.close()
+                if what == "view":
+                    assert views == [payload(key, SMALL) for key in keys]
+                else:
+                    views[2][:] = payload("new", SMALL)
+            assert keeper.get("new") == (payload("new", SMALL) if what == "reserve" else None)
+            assert keeper.get_stats()["attached_pids"] == [os.getpid()]
+            assert_sound(keeper)
+            with pytest.raises(kv.PoolClosedError):
+                pool.view_path(keys)
+
+    def test_a_reservation_that_is_dropped_holds_nothing(self) -> None:
+        """Its block never ended: an interrupt came just before `__exit__`."""
+        with make_pool() as pool:
+            keys = self.fill(pool, 2)
+            block = pool.reserve_path([*keys, "new"], [SMALL] * 3)
+            views = block.__enter__()
+            del block, views
+            existing = pool.reserve_path(keys, [SMALL] * 2)
+            assert existing.__enter__() == [None, None]
+            del existing
+            reader = pool.view_path(keys)
+            assert len(reader.__enter__()) == 2
+            del reader
+            gc.collect()
+            assert "new" not in pool
+            assert_sound(pool)
+
+    def test_arrays_of_a_reservation_keep_it_pinned(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool(6) as pool, KVCachePool.attach("pool") as other:
+            with pool.reserve_path(["a", "b"], [SMALL] * 2) as views:
+                array = numpy.frombuffer(views[0], "u1")
+                array[:] = numpy.frombuffer(payload("a", SMALL), "u1")
+            assert other.get("a") == payload("a", SMALL)
+            assert not other.put("large", bytes(6 * BLOCK_SIZE))
+            del array, views
+            assert other.put("large", bytes(6 * BLOCK_SIZE))
+            assert_sound(pool)
+
+    def test_processes_that_store_one_path_at_once_keep_one_copy(self) -> None:
+        lines = (
+            f"pool = KVCachePool.attach('pool'); keys = {list(self.KEYS)}; say(); wait()",
+            f"values = [bytes([i]) * {LARGE} for i in range(6)]",
+            "say(pool.put_path(keys, values))",
+        )
+        with make_pool(400) as pool, worker(*lines) as first, worker(*lines) as second:
+            for process in (first, second):
+                hear(process)
+            for process in (first, second):
+                tell(process)
+            assert [hear(process) for process in (first, second)] == ["6", "6"]
+            assert [pool.get(key) for key in self.KEYS] == [bytes([i]) * LARGE for i in range(6)]
+            assert pool.get_stats()["allocated_blocks"] == 6 * 20
+            assert_sound(pool)
+
+    @pytest.mark.parametrize("size", [10, LARGE, 20 * LARGE])
+    def test_put_if_absent_leaves_what_is_there(self, size: int) -> None:
+        with make_pool(1000) as pool:
+            assert pool.put("key", payload("first", size), if_absent=True)
+            assert pool.put("key", payload("second", size + 1), if_absent=True)
+            assert pool.get("key") == payload("first", size)
+            assert not pool.put("other", bytes(1001 * BLOCK_SIZE), if_absent=True)
+            assert_sound(pool)
+
+    def test_put_if_absent_when_another_was_faster(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_pool(100) as pool, KVCachePool.attach("pool") as other:
+            reserve = pool._reserve
+
+            def reserve_and_lose(*args: Any) -> Any:
+                place = reserve(*args)
+                other.put("key", b"first")
+                return place
+
+            monkeypatch.setattr(pool, "_reserve", reserve_and_lose)
+            assert pool.put("key", bytes(LARGE), if_absent=True)
+            monkeypatch.undo()
+            assert pool.get("key") == b"first"
+            assert pool.get_stats()["allocated_blocks"] == 1
+            assert_sound(pool)
+
+
+class TestClaims:
+    """Of several that want to compute one value, one does."""
+
+    def test_one_claims_and_others_wait_or_go(self) -> None:
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            assert pool.claim("key")
+            assert pool.claim("key")  # the same thread
+            assert not other.claim("key")
+            assert not other.claim("key", wait=0.01)
+            assert other.claim("another key")
+            answers: list[bool] = []
+            thread = threading.Thread(target=lambda: answers.append(pool.claim("key")))
+            thread.start()
+            thread.join()
+            assert answers == [False]
+            assert pool.unclaim("key")
+            assert not pool.unclaim("key")
+            assert other.claim("key")
+            assert len(pool) == 0
+
+    def test_a_waiter_gets_it_when_it_ends(self) -> None:
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            assert pool.claim("key")
+            answers: list[bool] = []
+            thread = threading.Thread(target=lambda: answers.append(other.claim("key", wait=30)))
+            thread.start()
+            assert thread.is_alive()
+            pool.unclaim("key")
+            thread.join(30)
+            assert answers == [True]
+
+    @pytest.mark.parametrize("end", ["pool.close()", "del pool", "os.kill(os.getpid(), signal.SIGKILL)"])
+    def test_it_ends_with_its_holder(self, end: str) -> None:
+        lines = ("pool = KVCachePool.attach('pool'); say(pool.claim('key')); wait()", end, "say(); wait()")
+        with make_pool() as pool, worker(*lines) as process:
+            assert hear(process) == "True"
+            assert not pool.claim("key")
+            tell(process)
+            assert pool.claim("key", wait=30)
+
+    def test_a_forked_child_has_none_and_leaves_its_parents(self) -> None:
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            assert pool.claim("key")
+
+            def work() -> None:
+                assert not pool.claim("key")
+                assert not pool.unclaim("key")
+
+            assert in_child(work) == 0
+            assert not other.claim("key")
 
 
 def view_bytes(pool: KVCachePool, key: str) -> bytes | None:
