@@ -279,7 +279,8 @@ PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits 
 ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, MOVES_A_STEP, STEP_BYTES = 256, 1 << 13, 1 << 16, 64, 4 << 20
 STEP_PAUSE, MAX_PAUSES = 1e-4, 100
 CLAIM_LOOK = 0.02  # seconds after which one who waits for a claim looks whether the value is there all the same
-PARALLEL_COPY = 8 << 20  # bytes of KV from which on threads share the copy
+# Bytes from which on threads share a copy, of pieces of so many each, or handing over the GIL costs more; how many do.
+PARALLEL_COPY, PARALLEL_PIECE, MAX_COPIERS = 8 << 20, 256 << 10, 4
 KEYS_A_LOOK = 64  # that are looked up without the lock as of one moment
 ENDING_PATIENCE = 1.0  # seconds that the end of a process waits for a daemon thread to end its call
 RESERVE_CHUNK = 256 << 20
@@ -3266,16 +3267,23 @@ class Index:
     # --- paths -------------------------------------------------------------------------------------------------------
 
     def find_path(self, keys: Iterable[bytes]) -> list[int]:
-        """Return the slots of the leading run of keys that are there."""
-        return list(itertools.takewhile(bool, map(self.table.find, keys)))
+        """Return the uses, see `EntryTable.find_use`, of the leading run of keys that are there."""
+        uses: list[int] = []
+        for key in keys:
+            use, _, _ = self.table.find_use(key)
+            if use <= 0:
+                break
+            uses.append(use)
+        return uses
 
-    def count_path(self, keys: Sequence[bytes]) -> int:
-        """Return the length of the leading run of keys that are there."""
-        return len(self.find_path(keys))
+    def _resolve(self, uses: Iterable[int], keys: Iterable[bytes]) -> Iterator[int]:
+        """Return the slots of a path that was found without the lock, 0 for an entry that has gone since."""
+        for use, key in zip(uses, keys, strict=False):
+            yield use & 0xFFFFFFFF if self.table.is_current(use) else self.table.find(key)
 
-    def touch(self, keys: Iterable[bytes], counts: bool, ends_prompt: bool, least: Least) -> Least:
+    def touch(self, uses: Sequence[int], keys: Sequence[bytes], counts: bool, ends_prompt: bool, least: Least) -> Least:
         """Queue a part of a path, see `EvictionManager.touch_path_locked`; `counts`: it is a use of each entry."""
-        return self._touch([slot for slot in map(self.table.find, keys) if slot], counts, ends_prompt, least)
+        return self._touch(list(filter(None, self._resolve(uses, keys))), counts, ends_prompt, least)
 
     def _touch(
         self, slots: Sequence[int], counts: bool = True, ends_prompt: bool = False, least: Least = NO_LEAST
@@ -3286,22 +3294,26 @@ class Index:
         self.table.set_all_accessed(dict.fromkeys(slots, time.time()))
         return least
 
-    def hold_path(self, keys: Sequence[bytes], token: int, is_first: bool, is_last: bool) -> list[tuple[int, int]]:
-        """Use a part of a path: pin the leading run of keys by one token; return (offset, size) of each.
+    def use_path(self, uses: Sequence[int], keys: Sequence[bytes], is_first: bool, least: Least) -> Least:
+        """Count hits, and a miss where there are more keys than uses, of a part of a path; queue its entries."""
+        slots = list(self._resolve(uses, keys))
+        self._count_hits(keys, slots, is_first)
+        return self._touch(list(filter(None, slots)), least=least)
 
-        Counts hits, and a miss where the run ends. A path of one part is queued too; else `touch` must follow.
-        """
-        slots = self.find_path(keys)
+    def hold_path(self, uses: Sequence[int], keys: Sequence[bytes], token: int) -> list[tuple[int, int]]:
+        """Pin the leading run of a part of a path by one token; return (offset, size) of each."""
+        slots = list(itertools.takewhile(bool, self._resolve(uses, keys)))
         if slots:
             self.pins.hold(token, *slots)
-        if is_first and is_last:
-            self._touch(slots)
-        self._count_hits(keys, slots, is_first)
         return list(map(self.table.place, slots))
 
-    def use_path(self, keys: Sequence[bytes], num_there: int, is_first: bool) -> None:
-        """Count hits and a miss of a part of a path that was read without the lock, as far as it was there."""
-        self._count_hits(keys, list(map(self.table.find, keys[:num_there])), is_first)
+    def open_path(self, uses: Sequence[int], keys: Sequence[bytes], token: int) -> list[tuple[int, int]]:
+        """Do what `hold_path` and `use_path` do, for a path that is one part."""
+        places = self.hold_path(uses, keys, token)
+        slots = self.pins.held.get(token, ())
+        self._count_hits(keys, slots, True)
+        self._touch(slots)
+        return places
 
     def _count_hits(self, keys: Sequence[bytes], slots: Sequence[int], is_first: bool) -> None:
         self.words[HITS] += len(slots)
@@ -3332,18 +3344,31 @@ class Index:
             places.append(place)
         return places
 
-    def commit_path(self, checksums: Mapping[int, int], pinned: Container[int]) -> None:
-        """Make the values that these tokens write entries: token -> CRC-32, root first; `pinned` ones stay pinned.
+    def commit_path(
+        self, tokens: Sequence[int], checksums: Mapping[int, int], kept: Container[int], least: Least
+    ) -> Least:
+        """Make what these tokens write entries, token -> CRC-32, and queue the path; end all pins but those `kept`.
 
-        Where another process has stored a value of that size and kind meanwhile, that one stays and ours goes.
+        The deepest is done first, so others find no part of what is new before its head is there. Parts of a path go
+        the same way, with `least` as in `touch`. Where another process has stored a value of that size and kind
+        meanwhile, that one stays and ours goes.
         """
-        for token, checksum in checksums.items():
-            (slot,) = self.pins.held[token]
-            old = self.table.find(self.table.key(slot))
-            if old and token not in pinned and self.table.is_same(old, *self.table.told_by(slot)):
+        table, pins = self.table, self.pins
+        for token in reversed(tokens):
+            (slot,) = pins.held[token]
+            if token in checksums:
+                key = table.key(slot)
+                old = table.find(key)
+                if not old or token in kept or not table.is_same(old, *table.told_by(slot)):
+                    least = self._commit(token, key, old, None, token in kept, checksums[token], least)
+                    continue
                 self._withdraw(token)
+                slot = old
             else:
-                self.commit(token, None, token in pinned, checksum)
+                self.unpin(token)
+            if table.state(slot) == COMPLETE:
+                least = self._touch((slot,), False, False, least)
+        return least
 
     def _withdraw(self, token: int) -> None:
         """Free a place that a token writes."""
@@ -3552,20 +3577,32 @@ class Index:
         self._unfinished = 0
         self.words[DIRTY] = 0
 
-    def commit(
-        self, token: int, saved: Saved | None, keep_pinned: bool, checksum: int, if_absent: bool = False
-    ) -> None:
+    def commit(self, token: int, saved: Saved | None, keep_pinned: bool, if_absent: bool) -> None:
         """Make a reserved value an entry, in place of what is there under its key; `if_absent`: if nothing is.
 
         `saved`: what a snapshot says of it. `keep_pinned`: the token goes on as a pin.
         """
-        table, words, pins = self.table, self.words, self.pins
-        (slot,) = pins.held[token]
-        key = table.key(slot)
-        old = table.find(key)
+        (slot,) = self.pins.held[token]
+        key = self.table.key(slot)
+        old = self.table.find(key)
         if old and if_absent:
             self._withdraw(token)
-            return
+        else:
+            self._commit(token, key, old, saved, keep_pinned, 0 if saved is None else saved.checksum, NO_LEAST)
+
+    def _commit(
+        self,
+        token: int,
+        key: bytes,
+        old: int,
+        saved: Saved | None,
+        keep_pinned: bool,
+        checksum: int,
+        least: Least,
+    ) -> Least:
+        """Do what `commit` does; the entry gets at `least` so many uses and such a priority, its parent what returns."""
+        table, words, pins = self.table, self.words, self.pins
+        (slot,) = pins.held[token]
         if not old and words[NUM_ENTRIES] >= self.geometry.max_entries:  # others filled up while we were copying
             victim = next(self.candidates(), 0)
             self.evict([victim] if victim else [])
@@ -3575,18 +3612,22 @@ class Index:
             self._swap(old, *table.extent(slot))
             table.release(slot)
             slot = old
+            if least is not NO_LEAST:
+                least = self.order.touch_path_locked((slot,), (slot,), False, least)
         else:
             if saved is not None:
                 table.set_times(slot, saved.created, saved.accessed)
             count = self._uses_of(key, old) if saved is None else saved.access_count
-            self._enter(slot, old, count, table.priority(slot))
+            least = max(count, least[0]), max(table.priority(slot), least[1])
+            self._enter(slot, old, *least)
         words[NUM_BUSY] = words[NUM_BUSY] - 1
         pins.writing.discard(token)
         del pins.held[token]
         words[DIRTY] = self._unfinished
-        table.set_checksum(slot, saved.checksum if saved is not None else checksum)
+        table.set_checksum(slot, checksum)
         if keep_pinned:
             pins.hold(token, slot)
+        return least
 
     def _uses_of(self, key: bytes, old: int) -> int:
         """Return the use count that a value begins with: that of the one it replaces, or of its ghost."""
@@ -5262,7 +5303,7 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
         if token in pool._held:  # else this is a forked child, the value is its parent's
             try:
                 if error_type is None:
-                    pool._locked(Index.commit, token, self._saved, not is_unused, 0, False, after_close=True)
+                    pool._locked(Index.commit, token, self._saved, not is_unused, False, after_close=True)
                 else:
                     pool._due.append(token)
                     pool._settle_due()
@@ -5282,6 +5323,13 @@ def _parts(keys: Sequence[_R], length: int) -> Iterator[Sequence[_R]]:
     """Return a path in parts of so many keys, root first."""
     for begin in range(0, len(keys), length):
         yield keys[begin : begin + length]
+
+
+def _parts_from_the_end(uses: Sequence[int], keys: Sequence[bytes]) -> Iterator[tuple[Sequence[int], Sequence[bytes]]]:
+    """Return a path that was found, (uses, keys), in parts, the deepest first; there may be a key more than uses."""
+    for begin in reversed(range(0, len(keys), ENTRIES_A_STEP)):
+        end = begin + ENTRIES_A_STEP
+        yield uses[begin:end], keys[begin:end]
 
 
 def _claim_byte(key: bytes) -> int:
@@ -5320,13 +5368,11 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
         self._views = views = PathViews(pool, tokens)
         places: list[tuple[int, int]] = []
         try:
-            for token, some in zip(tokens, _parts(keys, ENTRIES_A_STEP), strict=False):
-                found = pool._locked(Index.hold_path, some, token, token == first, token == tokens[-1])
-                places += found
-                if len(found) < len(some):
-                    break
-            if len(tokens) > 1:
-                pool._touch(keys[: len(places)])
+            uses = pool._find_path(keys)
+            if len(tokens) == 1:
+                places += pool._locked(Index.open_path, uses, keys, first)
+            else:
+                places += self._open_long(uses)
             lent, self._owner = pool._lend(pool._mapped.read_only, places, tokens)
             views += lent
             if self._verify:
@@ -5336,6 +5382,20 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
             pool._settle_due()
             raise
         return views
+
+    def _open_long(self, uses: list[int]) -> list[tuple[int, int]]:
+        """Pin a path of several parts, root first, then count its uses, the deepest part first."""
+        pool, keys = self._pool, self._keys
+        places: list[tuple[int, int]] = []
+        for token, begin in zip(self._tokens, range(0, len(uses), ENTRIES_A_STEP), strict=False):
+            some = slice(begin, begin + ENTRIES_A_STEP)
+            places += pool._locked(Index.hold_path, uses[some], keys[some], token)
+            if len(places) < min(some.stop, len(uses)):  # it has become shorter meanwhile
+                break
+        least = NO_LEAST
+        for some_uses, some_keys in _parts_from_the_end(uses[: len(places)], keys[: len(places) + 1]):
+            least = pool._locked(Index.use_path, some_uses, some_keys, some_keys[0] is keys[0], least)
+        return places
 
     def _drop_damaged(self) -> None:
         """Delete the first entry that does not match its checksum; it ends the path."""
@@ -5446,11 +5506,9 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
 
     def _commit(self, checksums: dict[int, int], kept: Container[int]) -> None:
         """Make what was written entries, token -> CRC-32, and end all pins but those `kept`."""
-        pool, tokens = self._pool, range(self._token, self._token + len(self._places))
-        for some in _parts(list(checksums), KEYS_A_LOOK):
-            pool._locked(Index.commit_path, {token: checksums[token] for token in some}, kept, after_close=True)
-        pool._touch(self._keys[: len(tokens)], counts=False)
-        pool._locked(Index.unpin, *(token for token in tokens if token not in kept), after_close=True)
+        tokens, least = range(self._token, self._token + len(self._places)), NO_LEAST
+        for some in reversed(list(_parts(tokens, KEYS_A_LOOK))):
+            least = self._pool._locked(Index.commit_path, some, checksums, kept, least, after_close=True)
 
 
 class _Entries(Mapping[str, CacheEntry]):
@@ -5603,14 +5661,14 @@ class KVCachePool(_Handle):
                 return stored or self._patiently(
                     lambda: self._locked(Index.put, key, data, size, meta, if_absent), size
                 )
-            if if_absent and self._count_path([key]):
+            if if_absent and self._find_path([key]):
                 return True
             token = next(self._tokens)
             place = self._reserve(key, size, meta, token)
             if place is None:
                 return False
             self._memory[place[0] : place[0] + size] = data
-            self._locked(Index.commit, token, None, False, 0, if_absent, after_close=True)
+            self._locked(Index.commit, token, None, False, if_absent, after_close=True)
         except BaseException:
             self._due.append(token)
             self._settle_due()
@@ -5890,37 +5948,39 @@ class KVCachePool(_Handle):
 
         Takes no lock, unless a writer is in the way: some 64 keys each are looked up as of one moment.
         """
-        return self._count_path(encode_keys(keys))
+        return len(self._find_path(encode_keys(keys)))
 
-    def _count_path(self, keys: Sequence[bytes]) -> int:
-        count = 0
+    def _find_path(self, keys: Sequence[bytes]) -> list[int]:
+        """Return the uses, see `EntryTable.find_use`, of the leading run of keys that are there."""
+        uses: list[int] = []
         for some in _parts(keys, KEYS_A_LOOK):
-            found = self._count_unlocked(some)
-            if found < 0:
-                found = self._locked(Index.count_path, some)
-            count += found
-            if found < len(some):
+            found = self._find_unlocked(some)
+            if found is None:
+                found = self._locked(Index.find_path, some)
+            uses += found
+            if len(found) < len(some):
                 break
-        return count
+        return uses
 
-    def _count_unlocked(self, keys: Sequence[bytes]) -> int:
-        """Return how many of these keys are there before the first that is missing; -1: that takes the lock."""
+    def _find_unlocked(self, keys: Sequence[bytes]) -> list[int] | None:
+        """Do what `_find_path` does, as of one moment, without the lock; None: that takes the lock."""
         with contextlib.suppress(PoolClosedError, IndexError, ValueError):
-            words, find = self._words, self._table.find
+            words, find_use = self._words, self._table.find_use
             for _ in UNLOCKED_TRIES:
                 changes = words[CHANGES]
                 if not self._may_read_unlocked():
                     break
                 if words[DIRTY]:
                     continue
-                count = 0
+                uses: list[int] = []
                 for key in keys:
-                    if not find(key):
+                    use, _, _ = find_use(key)
+                    if use <= 0:
                         break
-                    count += 1
+                    uses.append(use)
                 if not words[DIRTY] and words[CHANGES] == changes:
-                    return count
-        return -1
+                    return uses
+        return None
 
     def touch(self, keys: Sequence[str], ends_prompt: bool = False) -> int:
         """Count a use of the entries of one path, root first, up to the first that is missing; returns how many.
@@ -5931,16 +5991,12 @@ class KVCachePool(_Handle):
         """
         encoded = encode_keys(keys)
         self._check_open()
-        count = self._count_path(encoded)
-        self._touch(encoded[:count], ends_prompt=ends_prompt and count == len(encoded))
-        return count
-
-    def _touch(self, keys: Sequence[bytes], counts: bool = True, ends_prompt: bool = False) -> None:
-        """Queue the entries of a path, the deepest part first; `counts`: it is a use of each."""
-        least = NO_LEAST
-        for some in reversed(list(_parts(keys, ENTRIES_A_STEP))):
-            least = self._locked(Index.touch, some, counts, ends_prompt, least, after_close=True)
-            ends_prompt = False
+        uses, least = self._find_path(encoded), NO_LEAST
+        ends_prompt = ends_prompt and len(uses) == len(encoded)
+        for some in _parts_from_the_end(uses, encoded):
+            least = self._locked(Index.touch, *some, True, ends_prompt, least)
+            ends_prompt = False  # for those above it
+        return len(uses)
 
     def view_path(self, keys: Sequence[str], *, verify: bool = False) -> contextlib.AbstractContextManager[PathViews]:
         """Context manager giving read-only memoryviews of a path in place: up to the first key that is missing.
@@ -5966,40 +6022,49 @@ class KVCachePool(_Handle):
         if len(encoded) != len(targets):
             raise InvalidArgumentError(f"{len(encoded)} keys and {len(targets)} targets must be as many")
         views = [_writable_bytes(target) for target in targets]
-        count = 0
-        for key, target in zip(encoded, views, strict=True):
-            if not self._copy_into(key, target):
-                break
-            count += 1
-        for number, some in enumerate(_parts(encoded[: count + 1], ENTRIES_A_STEP)):
-            self._locked(Index.use_path, some, min(len(some), count - number * ENTRIES_A_STEP), not number)
-        self._touch(encoded[:count])
-        return count
+        uses: list[int] = []
+        while len(uses) < len(encoded):
+            uses += self._copy_unlocked(encoded[len(uses) :], views[len(uses) :])
+            if len(uses) < len(encoded):  # missing, of another size, or just being changed
+                use = self._copy_pinned(encoded[len(uses)], views[len(uses)])
+                if not use:
+                    break
+                uses.append(use)
+        least = NO_LEAST
+        for some_uses, some_keys in _parts_from_the_end(uses, encoded[: len(uses) + 1]):
+            least = self._locked(Index.use_path, some_uses, some_keys, some_keys[0] is encoded[0], least)
+        return len(uses)
 
-    def _copy_into(self, key: bytes, target: memoryview) -> bool:
-        """Copy a value, without counting a use of it; False if there is none."""
+    def _copy_unlocked(self, keys: Sequence[bytes], targets: Sequence[memoryview]) -> list[int]:
+        """Copy values, without the lock, up to the first that can't be; return the uses, none of which is counted."""
         with contextlib.suppress(PoolClosedError, IndexError, ValueError):
-            for _ in UNLOCKED_TRIES if self._may_read_unlocked() else ():
-                words, table = self._words, self._table
-                changes, is_dirty = words[CHANGES], words[DIRTY]
-                use, offset, size = table.find_use(key)
-                if use > 0 and size == len(target):
-                    with self._mapped.read_only[offset : offset + size] as value:
-                        target[:] = value
-                    if table.is_current(use):
-                        return True
-                elif not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes:
-                    return False
-        with _View(self, key, counts=False) as view:
+            if self._may_read_unlocked():
+                table, memory = self._table, self._mapped.buffer
+                uses: list[int] = []
+                pairs: list[tuple[memoryview, memoryview]] = []
+                for key, target in zip(keys, targets, strict=True):
+                    use, offset, size = table.find_use(key)
+                    if use <= 0 or size != len(target):
+                        break
+                    uses.append(use)
+                    pairs.append((target, memory[offset : offset + size]))
+                copy_all(pairs)
+                return list(itertools.takewhile(table.is_current, uses))
+        return []
+
+    def _copy_pinned(self, key: bytes, target: memoryview) -> int:
+        """Copy one value, without counting a use; return its slot, 0 if there is none."""
+        reader = _View(self, key, counts=False)
+        with reader as view:
             if view is None:
-                return False
+                return 0
             if len(view) != len(target):
                 raise InvalidArgumentError(
                     f"the value under {key.decode()!r} has {len(view)} bytes, its target must have as many, not "
                     f"{len(target)}"
                 )
             target[:] = view
-        return True
+            return self._held.get(reader.token, (0,))[0]  # without a generation: the key is looked up again
 
     def reserve_path(
         self,
@@ -6048,9 +6113,8 @@ class KVCachePool(_Handle):
         data = [as_bytes(value) for value in values]
         sizes = [value.nbytes for value in data]
         with self.reserve_path(keys, sizes, each, **{**how, "zero": False}) as targets:
-            for target, value in zip(targets, data, strict=False):
-                if target is not None:
-                    target[:] = value.cast("B") if value.nbytes else b""
+            pairs = zip(targets, data, strict=False)
+            copy_all([(target, value.cast("B")) for target, value in pairs if target is not None and value.nbytes])
         return len(targets)
 
     def claim(self, key: str, wait: float = 0.0) -> bool:
@@ -6394,6 +6458,31 @@ def as_bytes(data: Any) -> memoryview:
     if not view.c_contiguous:
         return memoryview(view.tobytes())
     return view
+
+
+def copy_all(pairs: Sequence[tuple[memoryview, memoryview]]) -> None:
+    """Copy the second of each pair into the first, of one size each; large ones on several threads, without the GIL."""
+    num_threads = min(os.cpu_count() or 1, MAX_COPIERS, len(pairs))
+    total = sum(len(target) for target, _ in pairs)
+    if num_threads < 2 or total < max(PARALLEL_COPY, PARALLEL_PIECE * len(pairs)):
+        for target, source in pairs:
+            target[:] = source
+        return
+    import ctypes
+    from concurrent.futures import ThreadPoolExecutor
+
+    def copy(number: int) -> None:
+        for target, source in pairs[number::num_threads]:
+            kind = ctypes.c_char * len(target)
+            if not source.readonly:
+                ctypes.memmove(kind.from_buffer(target), kind.from_buffer(source), len(target))
+            elif type(source.obj) is bytes and source.nbytes == len(source.obj):
+                ctypes.memmove(kind.from_buffer(target), source.obj, len(target))
+            else:  # ctypes takes no other read-only buffer
+                target[:] = source
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(copy, range(num_threads)))
 
 
 def _writable_bytes(target: Any) -> memoryview:
@@ -7576,7 +7665,7 @@ def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tup
             block = numpy.frombuffer(views[number], word).reshape(shape)
             words[:, :, :, at:end] = block[:, :, :, : end - at]
 
-    num_threads = min(os.cpu_count() or 1, 4)
+    num_threads = min(os.cpu_count() or 1, MAX_COPIERS)
     if words.nbytes < PARALLEL_COPY or num_threads == 1:
         copy(range(len(views)))
     else:

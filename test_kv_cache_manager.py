@@ -2455,10 +2455,10 @@ class TestIndex:
         enter_session(index, 1)
         second = index.reserve_path(keys, sizes, metas, 11)
         assert None not in first + second
-        index.commit_path({11: 0, 12: 0}, ())
-        kept = [index.table.place(slot) for slot in index.find_path(keys)]
-        index.commit_path({1: 0, 2: 0}, ())
-        assert [index.table.place(slot) for slot in index.find_path(keys)] == kept == second
+        index.commit_path([11, 12], {11: 0, 12: 0}, (), kv.NO_LEAST)
+        kept = [index.table.place(index.table.find(key)) for key in keys]
+        index.commit_path([1, 2], {1: 0, 2: 0}, (), kv.NO_LEAST)
+        assert [index.table.place(index.table.find(key)) for key in keys] == kept == second
         assert index.stats()["allocated_blocks"] == 4
         assert index.check(False) == []
 
@@ -5170,10 +5170,10 @@ class TestPaths:
             target = bytearray(SMALL)
             with other._mutex:
                 fcntl.flock(other._segment.fd, fcntl.LOCK_EX)
-                assert pool._copy_into(keys[0].encode(), memoryview(target))
-                assert not pool._copy_into(b"missing", memoryview(target))
+                assert pool._copy_unlocked([key.encode() for key in keys], [memoryview(target)] * 3)
+                assert not pool._copy_unlocked([b"missing"], [memoryview(target)])
                 fcntl.flock(other._segment.fd, fcntl.LOCK_UN)
-            assert target == payload(keys[0], SMALL)
+            assert target == payload(keys[2], SMALL)
 
     def test_a_reservation_gives_what_is_missing(self) -> None:
         with make_pool() as pool:
