@@ -3600,7 +3600,7 @@ class Index:
         checksum: int,
         least: Least,
     ) -> Least:
-        """Do what `commit` does; the entry gets at `least` so many uses and such a priority, its parent what returns."""
+        """Do what `commit` does; the entry gets at `least` so many uses and that priority, its parent what returns."""
         table, words, pins = self.table, self.words, self.pins
         (slot,) = pins.held[token]
         if not old and words[NUM_ENTRIES] >= self.geometry.max_entries:  # others filled up while we were copying

@@ -6764,6 +6764,122 @@ class TestPrefixCache:
                     make_prefix_cache(pool).store([1, 2, 3, 4], bad)
 
 
+class TestSingleFlight:
+    """Of several that ask for one prompt at once, one computes it."""
+
+    TOKENS = tuple(range(41))
+    LINES = (
+        "import numpy",
+        "cache = kv.PrefixCache(KVCachePool.attach('pool'), namespace='model', block_size=4)",
+        f"tokens = {list(range(41))}",
+        "say(); wait()",
+    )
+
+    def test_of_four_processes_one_computes(self) -> None:
+        pytest.importorskip("numpy")
+        lines = (
+            *self.LINES,
+            "states, num_tokens = cache.load(tokens, wait=60)",
+            "import time",
+            "if not num_tokens:",
+            "    time.sleep(0.3)",
+            "    cache.store(tokens, numpy.arange(41, dtype='f4')[None, None, None, :, None].repeat(2, 1))",
+            "say(num_tokens if states is None else int(states[0, 0, 0, :, 0].sum()))",
+        )
+        with make_pool(64) as pool, contextlib.ExitStack() as stack:
+            processes = [stack.enter_context(worker(*lines)) for _ in range(4)]
+            for process in processes:
+                hear(process)
+            for process in processes:
+                tell(process)
+            assert sorted(int(hear(process)) for process in processes) == [0, *[sum(range(40))] * 3]
+            stats = pool.get_stats()
+            assert (stats["puts"], stats["entry_count"]) == (10, 10)
+            assert_sound(pool)
+
+    @pytest.mark.parametrize(
+        "end", ["os.kill(os.getpid(), signal.SIGKILL)", "cache.abandon(tokens)", "cache.pool.close()"]
+    )
+    def test_the_end_of_the_one_that_computes_lets_the_others_go(self, end: str) -> None:
+        pytest.importorskip("numpy")
+        with (
+            make_pool(64) as pool,
+            worker(*self.LINES, "cache.load(tokens, wait=60); say(); wait()", end, "wait()") as one,
+        ):
+            cache = make_prefix_cache(pool)
+            for _ in range(2):
+                hear(one)
+                tell(one)
+            began = time.monotonic()
+            assert cache.load(list(self.TOKENS), wait=60) == (None, 0)  # and computes it now
+            assert time.monotonic() - began < 30
+            assert not KVCachePool.attach("pool").claim(cache.compute_block_hashes(self.TOKENS)[0])
+
+    def test_nobody_waits_for_longer_than_asked(self) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool, KVCachePool.attach("pool") as other:
+            tokens = list(self.TOKENS)
+            cache, waiter = make_prefix_cache(pool), make_prefix_cache(other)
+            assert cache.load(tokens, wait=0.05) == (None, 0)
+            assert waiter.load(tokens, wait=0.05) == (None, 0)
+            assert waiter.load(tokens) == (None, 0)  # waits for nobody
+            with pytest.raises(kv.InvalidArgumentError, match="wait -1"):
+                cache.load(tokens, wait=-1)
+            # What was not stored in that time holds up nobody any more, once its owner asks for something else.
+            cache.load([9] * 9, wait=0.05)
+            assert other.claim(cache.compute_block_hashes(tokens)[0])
+
+    def test_a_shared_head_is_loaded_and_the_rest_claimed(self) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool, KVCachePool.attach("pool") as other:
+            cache, second = make_prefix_cache(pool), make_prefix_cache(other)
+            tokens = list(self.TOKENS)
+            cache.store(tokens[:20], make_kv(tokens[:20]))
+            states, num_tokens = cache.load(tokens, wait=60)
+            assert num_tokens == 20
+            assert not other.claim(cache.compute_block_hashes(tokens)[5])
+            assert second.load(tokens[:20] + [7] * 20, wait=60)[1] == 20  # another tail: its own claim
+            assert second.load(tokens[:21], wait=60)[1] == 20  # all of it is there: no wait
+            cache.store(tokens, make_kv(tokens))
+            assert second.load(tokens, wait=60)[1] == 40
+            assert (states == make_kv(tokens[:20])).all()
+
+    def test_a_store_that_fails_lets_the_others_go(self) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(4) as pool, KVCachePool.attach("pool") as other:
+            cache, tokens = make_prefix_cache(pool), list(self.TOKENS)
+            cache.load(tokens, wait=60)
+            assert not other.claim(cache.compute_block_hashes(tokens)[0])
+            other.put("pinned", bytes(4 * BLOCK_SIZE))
+            other.pin("pinned")
+            assert cache.store(tokens, make_kv(tokens)) == 0
+            assert other.claim(cache.compute_block_hashes(tokens)[0])
+
+    def test_threads_with_one_cache(self) -> None:
+        pytest.importorskip("numpy")
+        with make_pool(64) as pool:
+            cache, tokens = make_prefix_cache(pool), list(self.TOKENS)
+            computed: list[int] = []
+            loaded: list[int] = []
+
+            def serve() -> None:
+                _, num_tokens = cache.load(tokens, wait=60)
+                if not num_tokens:
+                    computed.append(1)
+                    time.sleep(0.1)
+                    cache.store(tokens, make_kv(tokens))
+                loaded.append(num_tokens)
+
+            threads = [threading.Thread(target=serve) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(computed) == 1
+            assert sorted(loaded) == [0, 40, 40, 40, 40, 40]
+            assert_sound(pool)
+
+
 @pytest.fixture(scope="module")
 def tiny_models() -> dict[str, Any]:
     """A small Llama with random weights, the same in every process, in two dtypes."""
@@ -6951,6 +7067,7 @@ class TestTransformers:
         assert done.returncode == 0, done.stderr[-2000:]
         assert f"{reused} tokens reused" in done.stdout
         assert "the 32 tokens are equal" in done.stdout
+        assert "4 at once  1 computed the prompt, 3 waited for it and loaded it" in done.stdout
 
 
 SIZES = {
