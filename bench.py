@@ -4,6 +4,7 @@
     pip install lmdb diskcache redis && apt-get install redis-server   # what is absent is left out, with a word
     python3 bench.py               # put, get, view, miss, evicting put in one process; put and get in two
     python3 bench.py --contend     # 1, 2, 4 and 8 processes at once: get, view, count_path, put, 95 % get with 5 % put
+    python3 bench.py --paths       # 128 blocks of one prompt in one call; PrefixCache.load beside torch.clone
     python3 bench.py --scale       # cost of an operation with 1,000 ... 1,000,000 entries, every policy
     python3 bench.py --allocator   # the bitmap of 16 GiB, 95 % full and torn
     python3 bench.py --snapshot    # persist and restore beside cp and reading
@@ -230,6 +231,86 @@ def contend(args):
                     show(**{kv.format_size(size): op, "": name}, **row)
 
 
+def path_works(pool, env, keys, data, names):
+    """{(op, name): [work, calls before each]} for a path: us of all its blocks."""
+    targets = [bytearray(len(data)) for _ in keys]
+    places = [memoryview(target) for target in targets]
+    values = [bytes([number]) + data[1:] for number in range(len(keys))]
+
+    def copy():
+        for place, value in zip(places, values, strict=True):
+            place[:] = value
+
+    def view():
+        with pool.view_path(keys) as views:
+            assert len(views) == len(keys)
+
+    def put_each():
+        for key, value in zip(keys, values, strict=True):
+            pool.put(key, value)
+
+    def transaction(write):
+        with env.begin(write=write) as active:
+            cursor = active.cursor()
+            cursor.putmulti(zip(names, values, strict=True)) if write else cursor.getmulti(names)
+
+    pool.put_path(keys, values)
+    if env is not None:
+        transaction(True)
+    yield "copies", copy, None
+    yield "count_path", lambda: pool.count_path(keys), None
+    yield "touch", lambda: pool.touch(keys), None
+    yield "view_path", view, None
+    yield "get_path_into", lambda: pool.get_path_into(keys, targets), None
+    yield "get, one by one", lambda: [pool.get(key) for key in keys], None
+    yield "put_path, new", lambda: pool.put_path(keys, values), pool.clear
+    yield "put, one by one, new", put_each, pool.clear
+    if env is not None:
+        yield "LMDB getmulti", lambda: transaction(False), None
+        yield "LMDB putmulti", lambda: transaction(True), None
+
+
+def paths(args):
+    count = 128
+    print(f"us for each of {count} blocks of one path, and times the copies")
+    for size in (65536, 735 << 10):
+        with folder() as place, contextlib.ExitStack() as stack:
+            pool = stack.enter_context(pool_for(place, size, 2 * count))
+            try:
+                import lmdb
+
+                env = stack.enter_context(lmdb.open(place, map_size=size * 1000, writemap=True, sync=False))
+            except ImportError as error:
+                print(f"LMDB is left out: {error}", file=sys.stderr)
+                env = None
+            keys = [f"{number:064x}" for number in range(count)]
+            works = list(path_works(pool, env, keys, random.randbytes(size), [key.encode() for key in keys]))
+            times = {name: [] for name, _, _ in works}
+            for _ in range(31):
+                for name, work, before in works:
+                    if before:
+                        before()
+                    started = time.perf_counter()
+                    work()
+                    times[name].append(time.perf_counter() - started)
+            us = {name: statistics.median(some) / count * 1e6 for name, some in times.items()}
+            for name in us:
+                show(**{kv.format_size(size): name, "us a block": (us[name], us[name] / us["copies"])})
+    try:
+        import torch
+    except ImportError as error:
+        print(f"PrefixCache.load is left out: {error}", file=sys.stderr)
+        return
+    states = torch.randn(30, 2, 3, 2048, 64)  # SmolLM2-135M, fp32
+    with folder() as place, pool_for(place, 1 << 20, 256) as pool:
+        cache, tokens = kv.PrefixCache(pool, namespace="bench"), list(range(2049))
+        cache.store(tokens[:2048], states)
+        works = {"load": lambda _: cache.load(tokens), "torch.clone": lambda _: states.clone()}
+        us = take_turns({("", name): (work, [0] * 31) for name, work in works.items()}, turn=1)
+        for name in works:
+            show(**{"94 MB of KV": name, "ms": (us["", name] / 1000, us["", name] / us["", "torch.clone"])})
+
+
 def scale(args):
     print("us, and times that with 1,000 entries; values of one block, keys in random order")
     for policy in (policy.value for policy in kv.EvictionPolicy):
@@ -294,7 +375,7 @@ def attach(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for mode in (contend, scale, allocator, snapshot, attach):
+    for mode in (contend, paths, scale, allocator, snapshot, attach):
         parser.add_argument(f"--{mode.__name__}", dest="mode", action="store_const", const=mode, default=compare)
     parser.add_argument("--sizes", default="64K,512K,2M,16M", help="of values, for the comparison")
     parser.add_argument("--dir", default="/dev/shm", help="where snapshots go")

@@ -5,6 +5,23 @@ A *pool* keeps the key-value blocks of transformer attention in one named segmen
 or a preallocated file (tier "nvme"). Every process of the host opens it by name, reads and writes at memory speed,
 and may be killed at any instruction. `KVCachePool` is the library, `cortex cache ...` the shell; see README.md.
 
+The rooms of this module, from the bottom up:
+
+errors, sizes, data types    names, layout, checks
+BitmapAllocator              which blocks are free
+EvictionManager              who is evicted next
+planning                     what to evict and move so that free blocks lie together: pure functions
+Memory, Segment              the mapped memory, its file and its locks
+EntryTable                   records and their chains; the only one that knows where a field lies
+Pins, Uses                   who holds what; what readers without the lock have noted
+Index                        all that is done under the lock
+Snapshot                     the file format
+_Handle, KVCachePool         a pool as one process has it open: takes the lock, copies outside it, lends views
+tensors, restore             arrays in and out; a snapshot into a pool
+PrefixCache                  tokens to keys, KV to blocks, by the public methods of a pool
+CacheStore                   names to pools
+replay, command line         hit ratios of a trace; `cortex`
+
 Words
 -----
 block       the unit of the data region; a value takes whole blocks that lie together, its extent
@@ -16,6 +33,8 @@ chain       the slots whose keys, or prefix hashes, share a hash
 order       who is evicted next: a list of slots for each key of the policy (`EvictionManager`)
 ghost       what the policy adaptive remembers of an entry that was evicted
 path        the keys of the blocks of one prompt, root first
+use         slot | generation << 32: names an entry as a reader without the lock found it
+claim       to be the one that computes the value of a key; a lock byte that stands for the key
 handle      a `KVCachePool`: a pool as one process has it open
 session     a handle as others see it: a number, a pid, a lock that the kernel drops when the process dies
 token       the number by which a handle knows one thing that it holds: a pin, a view, a value on its way in
@@ -67,6 +86,7 @@ Who locks what
 * A session (one open handle) holds an open-file-description lock on a byte of its own, far behind the end of the file.
   The kernel drops it when the process dies: that is how pins and WRITING records of the dead are told from those of
   the living. A second byte, locked shared by every handle, tells whether anybody has the pool open.
+* A claim of a key is a lock on a byte that its digest names. It holds back only those that claim that key too.
 * Making, opening and removing a segment are serialized by a lock on one more byte of its file, the lock on its name.
   It works for processes that share nothing but /dev/shm. A maker holds it until the header is published, so a segment
   without a header whose name is not locked has lost its maker, and is removed. Whoever unlinks a segment holds it, and
