@@ -3373,9 +3373,10 @@ class Index:
         the same way, with `least` as in `touch`. Where another process has stored a value of that size and kind
         meanwhile, that one stays and ours goes.
         """
-        table, pins = self.table, self.pins
+        table, pins, queued = self.table, self.pins, []
         for token in reversed(tokens):
             (slot,) = pins.held[token]
+            queued.append(slot)
             if token in checksums:
                 key = table.key(slot)
                 old = table.find(key)
@@ -3383,11 +3384,12 @@ class Index:
                     least = self._commit(token, key, old, None, token in kept, checksums[token], least)
                     continue
                 self._withdraw(token)
-                slot = old
+                queued[-1] = slot = old
             else:
                 self.unpin(token)
             if table.state(slot) == COMPLETE:
                 least = self._touch((slot,), False, False, least)
+        table.set_all_accessed(dict.fromkeys(queued, time.time()))  # of one time, as a path that is read
         return least
 
     def _withdraw(self, token: int) -> None:
@@ -3569,7 +3571,7 @@ class Index:
         else:
             slot = table.claim(key, size, start, num_blocks, self.pins.session, meta)
             self._enter(slot, old, self._uses_of(key, old), meta.priority)
-        self._finish()
+        words[DIRTY] = self._unfinished = 0
         return True
 
     def reserve(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
@@ -3734,9 +3736,10 @@ class Index:
     def delete(self, key: bytes) -> bool:
         """Remove an entry; False if there is none."""
         slot = self.table.find(key)
-        if slot:
-            self.remove(slot)
-        return bool(slot)
+        if not slot:
+            return False
+        self.remove(slot)
+        return True
 
     def remove(self, slot: int) -> None:
         """Remove the entry in a slot."""
@@ -4668,7 +4671,7 @@ def _wait_for_lock(fd: int, words: memoryview) -> None:
     words[WAITED_FOR] = 0
 
 
-_flock, _TRY_LOCK = fcntl.flock, fcntl.LOCK_EX | fcntl.LOCK_NB
+_flock, _TRY_LOCK, _UNLOCK = fcntl.flock, fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN
 
 
 class _ClosedMemory:
@@ -4837,7 +4840,7 @@ class _Handle:
             finally:
                 try:
                     if fd >= 0:
-                        _flock(fd, fcntl.LOCK_UN)
+                        _flock(fd, _UNLOCK)
                 finally:
                     self._is_locked = False
 
@@ -4979,12 +4982,15 @@ class _Handle:
         """End a view and its pin; if arrays that were made from it live on, they keep the pin."""
         if not _own_process[0]:
             _adopt_pools()
-        if _take_back((view,), owner):
-            if token in self._held:
-                self._release_pin(token)
-            self._view_refs.pop(token, None)
-        else:
+        try:
+            view.release()
+            owner.release()
+        except BufferError:  # arrays that were made from it live on
             self._outlast((token,), owner)
+            return
+        if token in self._held:
+            self._release_pin(token)
+        self._view_refs.pop(token, None)
 
     def _outlast(self, tokens: Sequence[int], owner: memoryview) -> None:
         """Keep what tokens hold for as long as arrays live that were made from their views."""
@@ -5743,7 +5749,7 @@ class KVCachePool(_Handle):
         try:
             for _ in UNLOCKED_TRIES:
                 words, table = self._words, self._table
-                if not (self._is_lock_free and self._may_read_unlocked()):
+                if self._due or self._closing or not (self._is_lock_free and _own_process[0]):
                     break
                 changes, is_dirty = words[CHANGES], words[DIRTY]
                 use, offset, size = table.find_use(encoded)
@@ -5838,9 +5844,9 @@ class KVCachePool(_Handle):
 
     def _open_view(self, key: bytes, token: int, counts: bool, is_writable: bool) -> memoryview | None:
         """Return a view of an entry, pinned as `token`; without the lock if this handle has no other such view."""
-        if self._is_lock_free and not self._pins.named and _own_process[0]:
+        if self._is_lock_free and _own_process[0]:
             with self._mutex:  # other threads use the same word to pin
-                if not (self._pins.named or self._is_locked) and self._may_read_unlocked():
+                if not (self._pins.named or self._is_locked or self._due or self._closing):
                     try:
                         self._is_locked = True  # a signal handler must not use the word, nor look at half a pin
                         use, view, is_pinned = self._pin_unlocked(key, token, is_writable)
