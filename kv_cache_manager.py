@@ -1079,6 +1079,15 @@ def key_digest(key: bytes) -> int:
 
 Least = tuple[int, int]  # use count and priority that a parent has at least
 NO_LEAST: Least = (0, I64_MIN)
+
+
+def _words32(numbers: list[int] | bytes) -> memoryview:
+    """Return numbers as 32-bit words, to be written into a column at once."""
+    import array  # here, for it takes longer to import than a pool to open
+
+    return memoryview(array.array("I", numbers))
+
+
 Note = tuple[int, int, int, int, int]  # policy key, sequence number, slot, use count, blocks
 
 
@@ -1585,23 +1594,62 @@ class EvictionManager:
             return 0
         return self._key_of(self._words[(node >> 1) + _COUNT], self._words[(node >> 1) + _PRIORITY])
 
+    def oldest_first_locked(self, slots: Iterable[int]) -> list[int]:
+        """Return these slots by sequence number: 0.1 us each."""
+        slots = list(slots)
+        return sorted(slots, key=self._column(_SEQUENCE, max(slots, default=0)).__getitem__)
+
+    def _column(self, word: int, top: int) -> list[int]:
+        """Return this word of the nodes of the slots from 0 to `top`."""
+        first = (self._nodes >> 1) + word
+        column: list[int] = self._words[first : first + top * (_NODE_HALVES >> 1) + 1 : _NODE_HALVES >> 1].tolist()
+        return column
+
     def rebuild_locked(self, slots: Iterable[int]) -> None:
-        """Link just these slots, from their numbers."""
-        halves, words = self._halves, self._words
-        halves[_RING + _LOWER] = halves[_RING + _HIGHER] = _RING
-        words[_FREE_BUCKET] = 0
-        words[_TOP_BUCKET] = 0
-        ordered = sorted(slots, key=self.sort_key_locked)
-        for number, slot in enumerate(ordered, 1):
-            sequence, count, _ = self.numbers_locked(slot)
-            if not (0 <= sequence < 1 << 62 and 0 <= count < 1 << 62):  # stray writes; no pool gets that far
-                words[(self._node(slot) >> 1) + _SEQUENCE] = number
-                words[(self._node(slot) >> 1) + _COUNT] = 0
-        ordered.sort(key=self.sort_key_locked)
-        last = max((self.numbers_locked(slot)[0] for slot in ordered), default=0)
+        """Link just these slots, from their numbers: about 1 us each, column by column."""
+        halves, words, nodes = self._halves, self._words, self._nodes
+        slots = list(slots)
+        top = max(slots, default=0)
+        end = nodes + (top + 1) * _NODE_HALVES
+        sequences, counts, priorities = (self._column(word, top) for word in (_SEQUENCE, _COUNT, _PRIORITY))
+        tails = halves[nodes + _TAIL : end : _NODE_HALVES].tolist() if self.is_adaptive else [0] * (top + 1)
+        if any(not (0 <= sequences[slot] < 1 << 62 and 0 <= counts[slot] < 1 << 62) for slot in slots):
+            # Stray writes; no pool gets that far.
+            for number, slot in enumerate(sorted(slots, key=self.sort_key_locked), 1):
+                if not (0 <= sequences[slot] < 1 << 62 and 0 <= counts[slot] < 1 << 62):
+                    words[(self._node(slot) >> 1) + _SEQUENCE] = sequences[slot] = number
+                    words[(self._node(slot) >> 1) + _COUNT] = counts[slot] = 0
+        key_of = self._key_of
+        ordered = sorted(
+            (0 if tails[slot] else key_of(counts[slot], priorities[slot]), sequences[slot], slot) for slot in slots
+        )
+        last = max((sequences[slot] for slot in slots), default=0)
         words[_CLOCK] = max(words[_CLOCK], last) if 0 <= words[_CLOCK] < 1 << 62 else last
-        for slot in ordered:
-            self.link_locked(slot)
+        links = [[0] * (top + 1) for _ in range(3)]  # previous, next and bucket of each node
+        befores, behinds, buckets = links
+        lower, number = _RING, 0
+        for key, group in itertools.groupby(ordered, key=operator.itemgetter(0)):
+            bucket = _BUCKETS + _BUCKET_HALVES * number
+            number += 1
+            before, before_slot, first = bucket, 0, 0
+            for _, _, slot in group:
+                node = nodes + slot * _NODE_HALVES
+                befores[slot], buckets[slot] = before, bucket
+                if before_slot:
+                    behinds[before_slot] = node
+                else:
+                    first = node
+                before, before_slot = node, slot
+            behinds[before_slot] = bucket
+            words[(bucket >> 1) + _KEY] = key
+            halves[bucket + _LAST], halves[bucket + _FIRST] = before, first
+            halves[bucket + _LOWER] = lower
+            halves[lower + _HIGHER] = bucket
+            lower = bucket
+        halves[_RING + _LOWER], halves[lower + _HIGHER] = lower, _RING
+        words[_FREE_BUCKET], words[_TOP_BUCKET] = 0, number
+        for at, column in zip((_PREV, _NEXT, _BUCKET), links, strict=True):
+            halves[nodes + at : end : _NODE_HALVES] = _words32(column)
 
     def check_locked(self, slots: Iterable[int]) -> list[str]:
         """Problems found when comparing the order with these slots, which are the ones that should be in it."""
@@ -1678,6 +1726,19 @@ def cut_sections(movable: list[Extent], fixed: list[Extent], num_blocks: int) ->
         sections.append(Section(low, start, movable[begin:end]))
         low, begin = start + length, end
     return sections
+
+
+def join_extents(extents: Iterable[Extent]) -> Iterator[tuple[int, int]]:
+    """Return (first block, number of blocks) of the runs that extents make, which are sorted by first block."""
+    begin = end = 0
+    for start, length, _ in extents:
+        if start != end:
+            if end > begin:
+                yield begin, end - begin
+            begin = start
+        end = start + length
+    if end > begin:
+        yield begin, end - begin
 
 
 def widest_section(fixed: list[Extent], num_blocks: int) -> int:
@@ -2828,27 +2889,94 @@ class EntryTable:
             return f"slot {slot} has texts that are not UTF-8"
         return ""
 
+    def sound(self) -> tuple[list[str], list[tuple[int, int, int, int, bytes]]]:
+        """Return (what is wrong with records; (slot, state, start block, blocks, key) of the others): 1.5 us each."""
+        memory, crc32, geometry = self.memory, zlib.crc32, self.geometry
+        problems, found = [], []
+        for slot, state, start, num_blocks, size, key_hash, prefix_hash, lengths, tensor_length in self._columns():
+            if not state:
+                continue
+            at = 4 * (self._records + slot * HALVES_PER_RECORD) + RECORD.size
+            key_end = at + (lengths & 0xFFFF)
+            prefix_end = key_end + (lengths >> 16)
+            end = prefix_end + (tensor_length & 0xFFFF)
+            key = memory[at:key_end]
+            is_sound = (
+                size >= 0
+                and num_blocks == (-(-size // self._block_size) or 1)
+                and start + num_blocks <= geometry.num_blocks
+                and 0 < len(key) <= MAX_KEY_BYTES
+                and end - at <= RECORD_TEXT
+                and crc32(key) == key_hash
+                and crc32(memory[key_end:prefix_end]) == prefix_hash
+                and memory[at:end].isascii()
+            )
+            if not is_sound and (problem := self.damage(slot)):  # which decides, and has the words
+                problems.append(problem)
+            else:
+                found.append((slot, state, start, num_blocks, key))
+        return problems, found
+
+    def _columns(self) -> Iterator[tuple[int, ...]]:
+        """(slot, state, start, blocks, size, hashes of key and prefix, lengths of both, of the tensor) of all slots."""
+        among = self.used()
+        first, end = self.record(1), self.record(1) + len(among) * HALVES_PER_RECORD
+        column = [
+            self.halves[first + at : end : HALVES_PER_RECORD].tolist()
+            for at in (R_STATE, R_START, R_BLOCKS, R_KEY_HASH, R_PREFIX_HASH, R_LENGTHS, R_LENGTHS + 1)
+        ]
+        sizes = self.words[(first >> 1) + W_SIZE : end >> 1 : HALVES_PER_RECORD >> 1].tolist()
+        return zip(among, *column[:3], sizes, *column[3:], strict=True)
+
+    def renew(self, slots: Sequence[int]) -> None:
+        """Give entries new generations, so that all readers without the lock begin again."""
+        words, records = self.words, self._records
+        generation = words[GENERATION]
+        if generation + 2 * len(slots) > MAX_GENERATION:
+            generation = 0
+        words[GENERATION] = generation + 2 * len(slots)
+        for slot in slots:
+            generation += 2
+            words[(records + slot * HALVES_PER_RECORD) >> 1] = COMPLETE | generation << 32
+
     def rebuild(self, entries: Iterable[int], others: Iterable[int]) -> None:
-        """Make chains, free list and counters anew: `entries` exist, `others` are busy, the rest is free."""
-        halves, words = self.halves, self.words
+        """Make chains, free list and counters anew: `entries` exist, `others` are busy, the rest is free.
+
+        All other records are FREE already. About 1 us each, column by column.
+        """
+        halves, words, num_slots = self.halves, self.words, self.num_slots
+        entries = list(entries)
         words[CHANGES] += 1
-        heads = 4 * self._key_heads
-        self.memory[heads : heads + 8 * self.num_slots] = bytes(8 * self.num_slots)
-        count = 0
-        for slot in entries:
-            self.link(slot)
-            count += 1
         kept = {*entries, *others}
-        old_top = min(max(words[TOP_SLOT], 0), self.num_slots)
-        words[FREE_SLOT] = 0
-        words[TOP_SLOT] = max(kept, default=0)
-        for slot in range(old_top, 0, -1):
-            if slot > words[TOP_SLOT]:
-                halves[self.record(slot)] = FREE
-            elif slot not in kept:
-                self.release(slot)
-        words[NUM_ENTRIES] = count
-        words[NUM_BUSY] = len(kept) - count
+        top = max(kept, default=0)
+        first, end = self.record(1), self.record(1) + top * HALVES_PER_RECORD
+        key_hashes, prefix_hashes, lengths = (
+            [0, *halves[first + at : end : HALVES_PER_RECORD].tolist()] for at in (R_KEY_HASH, R_PREFIX_HASH, R_LENGTHS)
+        )
+        heads = _words32(bytes(8 * num_slots))  # of key chains, then of prefix chains
+        behinds, prefix_behinds, prefix_befores = ([0] * (top + 1) for _ in range(3))
+        for slot in entries:
+            head = key_hashes[slot] % num_slots
+            behinds[slot], heads[head] = heads[head], slot
+            if lengths[slot] > 0xFFFF:
+                head = num_slots + prefix_hashes[slot] % num_slots
+                behind = heads[head]
+                prefix_behinds[slot], heads[head] = behind, slot
+                prefix_befores[behind] = slot  # of slot 0 it does not matter
+        free = 0
+        for slot in range(top, 0, -1):
+            if slot not in kept:
+                behinds[slot], free = free, slot
+        halves[self._key_heads : self._key_heads + 2 * num_slots] = heads
+        for at, column in (
+            (R_KEY_NEXT, behinds),
+            (R_PREFIX_NEXT, prefix_behinds),
+            (R_PREFIX_PREV, prefix_befores),
+        ):
+            halves[first + at : end : HALVES_PER_RECORD] = _words32(column[1:])
+        words[FREE_SLOT], words[TOP_SLOT] = free, top
+        words[NUM_ENTRIES] = len(entries)
+        words[NUM_BUSY] = len(kept) - len(entries)
 
     def check(self, entries: list[int], others: list[int]) -> list[str]:
         """Problems found when comparing chains, free list and counters with the records."""
@@ -3853,66 +3981,74 @@ class Index:
         self.words[DIRTY] = self._unfinished = 1
         self._finish_move()
         self.settle({})
-        problems, entries, others = self._sound_records()
+        problems, entries, others, extents = self._sound_records()
         replaced = set(table.slots(COMPLETE)).difference(entries)
         if replaced:  # readers without the lock may just pin them: mark them first, as in `_drop`
             for slot in replaced:
                 table.set_state(slot, CONDEMNED)
             _new_lock().acquire()
             self.settle({})
-            _, entries, others = self._sound_records()
+            _, entries, others, extents = self._sound_records()
         kept = {*entries, *others}
         for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
             if slot not in kept:
                 table.set_state(slot, FREE)
-        for slot in entries:  # before any block is free: readers without the lock must notice
-            table.complete(slot)
-        table.rebuild(sorted(entries, key=lambda slot: self.order.numbers_locked(slot)[0]), others)
-        self.blocks.rebuild_locked(table.extent(slot) for slot in kept)
+        table.renew(entries)  # before any block is free: readers without the lock must notice
+        table.rebuild(self.order.oldest_first_locked(entries), others)
+        self.blocks.rebuild_locked(join_extents(extents))
         self.order.rebuild_locked(entries)
         self._finish()
         return problems
 
-    def _sound_records(self) -> tuple[list[str], list[int], list[int]]:
-        """(problems, slots of entries, slots of WRITING and CONDEMNED records); who owns them is not asked here."""
-        table = self.table
-        problems, entries, others = [], [], []
+    def _sound_records(self) -> tuple[list[str], list[int], list[int], list[Extent]]:
+        """(problems, slots of entries, slots of WRITING and CONDEMNED records, extents of both by first block).
+
+        Who owns them is not asked here.
+        """
+        problems, found = self.table.sound()
+        others, extents = [], []
         newest: dict[bytes, int] = {}
-        for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
-            problem = table.damage(slot)
-            if problem:
-                problems.append(problem)
-            elif table.state(slot) == COMPLETE:
-                key = table.key(slot)
-                twin = newest.setdefault(key, slot)
-                if twin != slot:
-                    older, newer = sorted((twin, slot), key=lambda s: self.order.numbers_locked(s)[0])
-                    problems.append(f"slots {older} and {newer} both hold the key {key.decode()!r}")
-                    newest[key] = newer
-                    if self.pins.is_pinned(older):
-                        others.append(older)
-            else:
+        gone = set()
+        for slot, state, start, num_blocks, key in found:
+            extents.append((start, num_blocks, slot))
+            if state != COMPLETE:
                 others.append(slot)
+                continue
+            twin = newest.setdefault(key, slot)
+            if twin != slot:
+                older, newer = sorted((twin, slot), key=lambda s: self.order.numbers_locked(s)[0])
+                problems.append(f"slots {older} and {newer} both hold the key {key.decode()!r}")
+                newest[key] = newer
+                if self.pins.is_pinned(older):
+                    others.append(older)
+                else:
+                    gone.add(older)
         entries = sorted(newest.values())
+        extents.sort()
         end, last = 0, 0
-        for start, num_blocks, slot in sorted((*table.extent(slot), slot) for slot in (*entries, *others)):
+        for start, num_blocks, slot in extents:
+            if slot in gone:
+                continue
             if start < end:
                 problems.append(f"slots {last} and {slot} both claim block {start}")
                 (entries if slot in entries else others).remove(slot)
+                gone.add(slot)
                 continue
             end, last = start + num_blocks, slot
-        return problems, entries, others
+        if gone:
+            extents = [extent for extent in extents if extent[2] not in gone]
+        return problems, entries, others, extents
 
     def check(self, fix: bool) -> list[str]:
         """Return the problems found when comparing everything derived with the records; see `KVCachePool.check`."""
         self.reclaim()
         self.settle({})
         table = self.table
-        problems, entries, others = self._sound_records()
+        problems, entries, others, extents = self._sound_records()
         problems += table.check(entries, sorted(others))
         problems += self.order.check_locked(entries)
         expected = BitmapAllocator(self.geometry.num_blocks)
-        expected.rebuild_locked(table.extent(slot) for slot in (*entries, *others))
+        expected.rebuild_locked(join_extents(extents))
         if expected.to_bytes() != self.blocks.to_bytes():
             problems.append("the bitmap and the records disagree on which blocks are in use")
         if expected.get_usage() != self.blocks.get_usage():

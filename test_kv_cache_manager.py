@@ -1943,9 +1943,10 @@ class FusedMemory:
     def __setitem__(self, index: Any, value: Any) -> None:
         if self._fuse.burn():
             if isinstance(index, slice):  # a copy may be cut anywhere; a word is written whole or not at all
-                start, stop, _ = index.indices(len(self._target))
-                half = (stop - start) // 2
-                self._target[start : start + half] = bytes(value[:half])
+                start, _, step = index.indices(len(self._target))
+                half = len(value) // 2
+                whole = value if isinstance(value, memoryview) else bytes(value)
+                self._target[start : start + half * step : step] = whole[:half]
             self._fuse.action()
         self._target[index] = value
 
