@@ -14,9 +14,9 @@ planning                     what to evict and move so that free blocks lie toge
 Memory, Segment              the mapped memory, its file and its locks
 EntryTable                   records and their chains; the only one that knows where a field lies
 Pins, Uses                   who holds what; what readers without the lock have noted
-Index                        all that is done under the lock
+Space, Index                 all that is done under the lock: making room and settling; the rest
 Snapshot                     the file format
-_Handle, KVCachePool         a pool as one process has it open: takes the lock, copies outside it, lends views
+_Handle, _Paths, KVCachePool a pool as one process has it open: takes the lock, copies outside it, lends views
 tensors, restore             arrays in and out; a snapshot into a pool
 PrefixCache                  tokens to keys, KV to blocks, by the public methods of a pool
 CacheStore                   names to pools
@@ -3281,14 +3281,14 @@ class Saved(NamedTuple):
     checksum: int  # CRC-32, 0: unknown
 
 
-class Index:
-    """All that is done to a pool under its lock: find, use, store, evict, move, settle, repair, check, describe.
+class Space:
+    """What lies where: makes room, evicts, moves, and frees what nobody holds any more; the lower half of `Index`.
 
     It works over the memory of a segment, or over private memory, by slot and token, and knows no threads, views, files
-    and processes: `is_alive` tells whether the process behind a session lives. The caller has the pool's lock, and has
-    called `catch_up` where readers may have noted uses. Invariant whenever the lock is free: all that is derived agrees
-    with the records, or DIRTY is set. Each change sets it first, and in the end writes `_unfinished`: 0, or 1 if the
-    change is a part of a larger one. A process that dies in here leaves it set, so does an error; `rebuild` follows.
+    and processes: `is_alive` tells whether the process behind a session lives. The caller has the pool's lock.
+    Invariant whenever the lock is free: all that is derived agrees with the records, or DIRTY is set. Each change sets
+    it first, and in the end writes `_unfinished`: 0, or 1 if the change is a part of a larger one. A process that dies
+    in here leaves it set, so does an error; `Index.rebuild` follows.
     """
 
     def __init__(
@@ -3326,6 +3326,281 @@ class Index:
         """Pin and note uses for this session from now on."""
         self.pins.act_for(session)
         self.uses.act_for(session)
+
+    def _finish(self) -> None:
+        """End a change, and the larger one that it was a part of."""
+        self._unfinished = 0
+        self.words[DIRTY] = 0
+
+    # --- room ---------------------------------------------------------------------------------------------------------
+
+    def is_full(self, old: int = 0) -> bool:
+        """Return True if a value needs the place of another entry; not one that replaces `old`, if a slot is free."""
+        words = self.words
+        no_slot = not words[FREE_SLOT] and words[TOP_SLOT] == self.table.num_slots
+        return no_slot or (not old and words[NUM_ENTRIES] >= self.geometry.max_entries)
+
+    def _find_room(self, key: bytes, num_blocks: int) -> tuple[int, int] | None:
+        """Return (start of `num_blocks` free blocks, slot of the value under `key` or 0), and see that a slot is free.
+
+        Evicts and moves what must go. None, and nothing has changed, if pins are in the way.
+        """
+        words = self.words
+        old = self.table.find(key)
+        full = self.is_full(old)
+        start = None if full else self.blocks.find_locked(num_blocks)
+        if start is None:
+            if (words[UNREAD] or self.others_write()) and self.reclaim(only_signs=True):
+                return self._find_room(key, num_blocks)
+            start = self._make_room(num_blocks, full, old)
+            if start is None:
+                return None
+            if old and self.table.state(old) != COMPLETE:
+                old = 0
+        return start, old
+
+    def others_write(self) -> bool:
+        """Return True if there are values on their way in by others, or deleted ones that are still pinned."""
+        return bool(self.words[NUM_BUSY] > len(self.pins.writing))
+
+    def _make_room(self, num_blocks: int, need_slot: bool, old: int) -> int | None:
+        """Evict and move until `num_blocks` lie together; return where. None: pins are in the way, nothing changed.
+
+        Victims go in policy order until enough is free and no further; `old`, the value about to be replaced, goes only
+        when there is no other way. Everything is planned before anything is touched. Most often the first victim is
+        large enough; else the plan takes up to 2 us for each entry of the pool.
+        """
+        if num_blocks > self.geometry.num_blocks:
+            return None
+        victim = next(self.candidates(old), 0)
+        start, length = self.table.extent(victim)
+        must_evict = need_slot or num_blocks > self.geometry.num_blocks - self.words[ALLOCATED]
+        if victim and victim != old and must_evict and length >= num_blocks and self.evict((victim,)):
+            return start  # as the plan would have it
+        need_slot = need_slot and self.is_full(old)
+        while True:
+            plan = self._plan_room(num_blocks, need_slot, old)
+            if plan is None and self.reclaim():
+                plan = self._plan_room(num_blocks, need_slot, old)
+            if plan is None:
+                self._finish()
+                return None
+            victims, moves = plan
+            if old in victims:  # a look-up without the lock would find neither value until the new one is there
+                self._unfinished = 1
+            # A view that begins just now, without the lock, makes either of these fail: plan anew.
+            if self.evict(victims) and all(self.move(slot, target) for slot, target in moves):
+                return self.blocks.find_locked(num_blocks)
+            need_slot = self.is_full(old)
+
+    def _plan_room(self, num_blocks: int, need_slot: bool, old: int) -> Plan | None:
+        in_use, _ = self.fixed(self.table.used())  # takes far less than the whole layout
+        if widest_section(in_use, self.geometry.num_blocks) < num_blocks:
+            return None
+        movable, fixed = self.layout()
+        sections = cut_sections(movable, fixed, self.geometry.num_blocks)
+        return plan_room(sections, num_blocks, self.candidates(old), need_slot)
+
+    def candidates(self, last: int = 0) -> Iterator[int]:
+        """Slots that may be evicted, next victim first; the slot `last` comes last."""
+        is_pinned = self.pins.is_pinned
+        for slot in self.order.victims_locked():
+            if slot != last and not is_pinned(slot):
+                yield slot
+        if last and not is_pinned(last):
+            yield last
+
+    def layout(self) -> tuple[list[Extent], list[Extent]]:
+        """The extents that can be moved and evicted, by first block; and those in use. One pass, 0.5 us a slot."""
+        among = self.table.used()
+        pinned = self.pins.pinned(among)
+        movable: list[Extent] = []
+        fixed: list[Extent] = []
+        for slot, state, start, num_blocks in self.table.extents(among):
+            if state == COMPLETE and slot not in pinned:
+                movable.append((start, num_blocks, slot))
+            elif state:
+                fixed.append((start, num_blocks, slot))
+        return sorted(movable), sorted(fixed)
+
+    def fixed(self, among: range) -> tuple[list[Extent], bool]:
+        """Return (the extents in use of some slots; whether any of them could be evicted)."""
+        table = self.table
+        pinned = [slot for slot in self.pins.pinned(among) if table.state(slot) == COMPLETE]
+        busy = table.slots(WRITING, CONDEMNED, among=among)
+        return [(*table.extent(slot), slot) for slot in pinned + busy], table.count(COMPLETE, among) > len(pinned)
+
+    # --- moving -------------------------------------------------------------------------------------------------------
+
+    def move(self, slot: int, target: int) -> bool:
+        """Move an entry's blocks; False if it is pinned. Its record points to the old place until all is copied.
+
+        Where old and new place overlap (a slide to the left), pieces no longer than the distance are copied, each noted
+        in the journal: whatever was overwritten had been copied before, so a crash can be picked up at the noted piece.
+        """
+        words = self.words
+        start, num_blocks = self.table.extent(slot)
+        words[DIRTY] = 1
+        is_free = self._begin_change(slot)
+        if is_free:
+            words[MOVE_FROM], words[MOVE_TO], words[MOVE_DONE] = start, target, 0
+            words[MOVE_SLOT] = slot
+            self._finish_move()
+            self.table.complete(slot)
+            self.blocks.free_locked(start, num_blocks)
+            self.blocks.take_locked(target, num_blocks)
+        words[DIRTY] = self._unfinished
+        return is_free
+
+    def _finish_move(self) -> None:
+        """Do what the move journal says, from the piece where it stands."""
+        words, table, data, size = self.words, self.table, self._data_offset, self._block_size
+        slot, start, target = words[MOVE_SLOT], words[MOVE_FROM], words[MOVE_TO]
+        if 0 < slot <= table.num_slots and table.extent(slot)[0] == start:
+            num_blocks = table.blocks_of(slot)
+            if not 0 <= target <= self.geometry.num_blocks - num_blocks:
+                raise CorruptionError("the pool has a damaged journal: delete it")
+            piece = start - target if 0 < start - target < num_blocks else num_blocks
+            while (done := words[MOVE_DONE]) < num_blocks:
+                count = min(piece, num_blocks - done)
+                self.memory.move(data + (target + done) * size, data + (start + done) * size, count * size)
+                words[MOVE_DONE] = done + count
+            table.set_start(slot, target)
+        words[MOVE_SLOT] = 0
+
+    def _begin_change(self, slot: int) -> bool:
+        """Keep readers without the lock from an entry whose value is about to change in place, or move.
+
+        False, and nothing is changed, if one has it pinned just now; others pin under the lock. A reader pins first and
+        then looks at the seal. So whoever changes the seal first and then looks at the pins sees the pin, or is seen.
+        `EntryTable.complete` must follow.
+        """
+        self.table.seal_off(slot)
+        _new_lock().acquire()
+        if self.pins.is_named(slot):
+            self.table.unseal(slot)
+            return False
+        return True
+
+    # --- removing -----------------------------------------------------------------------------------------------------
+
+    def remove(self, slot: int) -> None:
+        """Remove the entry in a slot."""
+        self.words[DIRTY] = 1
+        self._drop(slot)
+        self.words[DIRTY] = self._unfinished
+
+    def evict(self, slots: Iterable[int]) -> bool:
+        """Evict entries; return True if all their blocks are free, which no view that begins just now prevents."""
+        words, all_free = self.words, True
+        for slot in slots:
+            words[DIRTY] = 1
+            if self.order.is_adaptive:
+                self.order.remember_locked(slot, self.table.key(slot))
+            all_free = self._drop(slot) and all_free
+            words[EVICTIONS] = words[EVICTIONS] + 1
+            words[DIRTY] = self._unfinished
+        return all_free
+
+    def _drop(self, slot: int) -> bool:
+        """Take an entry out of the pool; its blocks follow when nobody reads them any more: False."""
+        table, words = self.table, self.words
+        # A reader pins without the lock, and then looks at the seal; it unpins, and then looks for CONDEMNED. So change
+        # that first and look at the pins second.
+        table.set_state(slot, CONDEMNED)
+        _new_lock().acquire()
+        pinned = self.pins.is_pinned(slot)
+        if not pinned:
+            table.set_state(slot, FREE)
+        table.unlink(slot)
+        self.order.unlink_locked(slot)
+        words[NUM_ENTRIES] = words[NUM_ENTRIES] - 1
+        if pinned:
+            words[NUM_BUSY] = words[NUM_BUSY] + 1
+        else:
+            self.blocks.free_locked(*table.extent(slot))
+            table.release(slot)
+        return not pinned
+
+    # --- settling what the dead, and cut-off calls, hold --------------------------------------------------------------
+
+    def settle(self, held: Mapping[int, tuple[Container[int], Container[int]]], among: range | None = None) -> None:
+        """Let sessions pin and write just what they hold: session -> (slots that it pins, slots that it writes).
+
+        Of all slots, or only of some. What nobody pins or writes any more is freed.
+        """
+        table = self.table
+        for session, (pinned, _) in held.items():
+            self.pins.release_all(session, table.used() if among is None else among, pinned)
+        stale = []
+        are_busy = self.words[NUM_BUSY] or self.words[DIRTY]
+        for slot in table.slots(WRITING, CONDEMNED, among=among) if are_busy else ():
+            if table.state(slot) == WRITING:
+                owner = table.owner(slot)
+                if owner in held and slot not in held[owner][1]:
+                    stale.append(slot)
+            elif not self.pins.is_pinned(slot):
+                stale.append(slot)
+        self._free(stale)
+
+    def _free(self, slots: Iterable[int]) -> None:
+        """Free what WRITING or CONDEMNED records hold; if DIRTY is set, the rebuild does the rest."""
+        rebuild_follows = self.words[DIRTY]
+        self.words[DIRTY] = 1
+        for slot in slots:
+            self.table.set_state(slot, FREE)
+            if not rebuild_follows:
+                self.blocks.free_locked(*self.table.extent(slot))
+                self.table.release(slot)
+                self.words[NUM_BUSY] -= 1
+        self.words[DIRTY] = self._unfinished
+
+    def reclaim(self, only_signs: bool = False) -> bool:
+        """Free every record that no live session pins or writes; return True if there was any.
+
+        About 1 us a session; where values are on their way in, or deleted ones are not freed yet, a pass over all
+        records of 0.03 us each. `only_signs`: that pass only where a reader or a dead session has left a sign.
+        """
+        found = self.reclaim_dead()
+        if self.words[UNREAD] or (not only_signs and self.others_write()):
+            self.words[UNREAD] = 0
+            _new_lock().acquire()
+            busy = self.words[NUM_BUSY]
+            self.settle({})
+            found = found or self.words[NUM_BUSY] < busy
+        return found
+
+    def dead_sessions(self) -> dict[int, int]:
+        """Return session -> pid of those whose process has died."""
+        return {number: pid for number, pid in self.pins.sessions().items() if not self.is_alive(number)}
+
+    def settle_dead(self, dead: Iterable[int], among: range | None = None, is_last: bool = True) -> None:
+        """Free what dead sessions hold of some slots, or of all; `is_last`: their numbers are free then."""
+        for session in dead:
+            self.pins.end_name(session)
+        self.settle(dict.fromkeys(dead, ((), ())), among)
+        for session in dead if is_last else ():
+            self.leave(session)
+
+    def reclaim_dead(self) -> bool:
+        """Free what sessions hold whose process has died; return True if there was such a session."""
+        dead = self.dead_sessions()
+        if dead:
+            self.settle_dead(dead)
+        return bool(dead)
+
+    def leave(self, session: int) -> None:
+        """Take a session that holds nothing out of the table."""
+        self.uses.leave(session)
+        self.pins.leave(session)
+
+
+class Index(Space):
+    """All that is done to a pool under its lock: use, store, pin, settle, repair, check, describe.
+
+    It pins and reserves by token, for the session that `act_for` names. The caller has called `catch_up` where readers
+    may have noted uses, or the order lacks them. What holds throughout is said at `Space`.
+    """
 
     # --- using -------------------------------------------------------------------------------------------------------
 
@@ -3527,138 +3802,6 @@ class Index:
 
     # --- room --------------------------------------------------------------------------------------------------------
 
-    def is_full(self, old: int = 0) -> bool:
-        """Return True if a value needs the place of another entry; not one that replaces `old`, if a slot is free."""
-        words = self.words
-        no_slot = not words[FREE_SLOT] and words[TOP_SLOT] == self.table.num_slots
-        return no_slot or (not old and words[NUM_ENTRIES] >= self.geometry.max_entries)
-
-    def _find_room(self, key: bytes, num_blocks: int) -> tuple[int, int] | None:
-        """Return (start of `num_blocks` free blocks, slot of the value under `key` or 0), and see that a slot is free.
-
-        Evicts and moves what must go. None, and nothing has changed, if pins are in the way.
-        """
-        words = self.words
-        old = self.table.find(key)
-        full = self.is_full(old)
-        start = None if full else self.blocks.find_locked(num_blocks)
-        if start is None:
-            if (words[UNREAD] or self.others_write()) and self.reclaim(only_signs=True):
-                return self._find_room(key, num_blocks)
-            start = self._make_room(num_blocks, full, old)
-            if start is None:
-                return None
-            if old and self.table.state(old) != COMPLETE:
-                old = 0
-        return start, old
-
-    def others_write(self) -> bool:
-        """Return True if there are values on their way in by others, or deleted ones that are still pinned."""
-        return bool(self.words[NUM_BUSY] > len(self.pins.writing))
-
-    def _make_room(self, num_blocks: int, need_slot: bool, old: int) -> int | None:
-        """Evict and move until `num_blocks` lie together; return where. None: pins are in the way, nothing changed.
-
-        Victims go in policy order until enough is free and no further; `old`, the value about to be replaced, goes only
-        when there is no other way. Everything is planned before anything is touched. Most often the first victim is
-        large enough; else the plan takes up to 2 us for each entry of the pool.
-        """
-        if num_blocks > self.geometry.num_blocks:
-            return None
-        victim = next(self.candidates(old), 0)
-        start, length = self.table.extent(victim)
-        must_evict = need_slot or num_blocks > self.geometry.num_blocks - self.words[ALLOCATED]
-        if victim and victim != old and must_evict and length >= num_blocks and self.evict((victim,)):
-            return start  # as the plan would have it
-        need_slot = need_slot and self.is_full(old)
-        while True:
-            plan = self._plan_room(num_blocks, need_slot, old)
-            if plan is None and self.reclaim():
-                plan = self._plan_room(num_blocks, need_slot, old)
-            if plan is None:
-                self._finish()
-                return None
-            victims, moves = plan
-            if old in victims:  # a look-up without the lock would find neither value until the new one is there
-                self._unfinished = 1
-            # A view that begins just now, without the lock, makes either of these fail: plan anew.
-            if self.evict(victims) and all(self.move(slot, target) for slot, target in moves):
-                return self.blocks.find_locked(num_blocks)
-            need_slot = self.is_full(old)
-
-    def _plan_room(self, num_blocks: int, need_slot: bool, old: int) -> Plan | None:
-        in_use, _ = self.fixed(self.table.used())  # takes far less than the whole layout
-        if widest_section(in_use, self.geometry.num_blocks) < num_blocks:
-            return None
-        movable, fixed = self.layout()
-        sections = cut_sections(movable, fixed, self.geometry.num_blocks)
-        return plan_room(sections, num_blocks, self.candidates(old), need_slot)
-
-    def candidates(self, last: int = 0) -> Iterator[int]:
-        """Slots that may be evicted, next victim first; the slot `last` comes last."""
-        is_pinned = self.pins.is_pinned
-        for slot in self.order.victims_locked():
-            if slot != last and not is_pinned(slot):
-                yield slot
-        if last and not is_pinned(last):
-            yield last
-
-    def layout(self) -> tuple[list[Extent], list[Extent]]:
-        """The extents that can be moved and evicted, by first block; and those in use. One pass, 0.5 us a slot."""
-        among = self.table.used()
-        pinned = self.pins.pinned(among)
-        movable: list[Extent] = []
-        fixed: list[Extent] = []
-        for slot, state, start, num_blocks in self.table.extents(among):
-            if state == COMPLETE and slot not in pinned:
-                movable.append((start, num_blocks, slot))
-            elif state:
-                fixed.append((start, num_blocks, slot))
-        return sorted(movable), sorted(fixed)
-
-    def fixed(self, among: range) -> tuple[list[Extent], bool]:
-        """Return (the extents in use of some slots; whether any of them could be evicted)."""
-        table = self.table
-        pinned = [slot for slot in self.pins.pinned(among) if table.state(slot) == COMPLETE]
-        busy = table.slots(WRITING, CONDEMNED, among=among)
-        return [(*table.extent(slot), slot) for slot in pinned + busy], table.count(COMPLETE, among) > len(pinned)
-
-    def move(self, slot: int, target: int) -> bool:
-        """Move an entry's blocks; False if it is pinned. Its record points to the old place until all is copied.
-
-        Where old and new place overlap (a slide to the left), pieces no longer than the distance are copied, each noted
-        in the journal: whatever was overwritten had been copied before, so a crash can be picked up at the noted piece.
-        """
-        words = self.words
-        start, num_blocks = self.table.extent(slot)
-        words[DIRTY] = 1
-        is_free = self._begin_change(slot)
-        if is_free:
-            words[MOVE_FROM], words[MOVE_TO], words[MOVE_DONE] = start, target, 0
-            words[MOVE_SLOT] = slot
-            self._finish_move()
-            self.table.complete(slot)
-            self.blocks.free_locked(start, num_blocks)
-            self.blocks.take_locked(target, num_blocks)
-        words[DIRTY] = self._unfinished
-        return is_free
-
-    def _finish_move(self) -> None:
-        """Do what the move journal says, from the piece where it stands."""
-        words, table, data, size = self.words, self.table, self._data_offset, self._block_size
-        slot, start, target = words[MOVE_SLOT], words[MOVE_FROM], words[MOVE_TO]
-        if 0 < slot <= table.num_slots and table.extent(slot)[0] == start:
-            num_blocks = table.blocks_of(slot)
-            if not 0 <= target <= self.geometry.num_blocks - num_blocks:
-                raise CorruptionError("the pool has a damaged journal: delete it")
-            piece = start - target if 0 < start - target < num_blocks else num_blocks
-            while (done := words[MOVE_DONE]) < num_blocks:
-                count = min(piece, num_blocks - done)
-                self.memory.move(data + (target + done) * size, data + (start + done) * size, count * size)
-                words[MOVE_DONE] = done + count
-            table.set_start(slot, target)
-        words[MOVE_SLOT] = 0
-
     def defragment(self, slots: Sequence[int], begin: int) -> tuple[int, int]:
         """(how many of these slots, from number `begin` on, were moved to the left; the number of the next one)."""
         moved, budget = 0, STEP_BYTES // self.geometry.block_size
@@ -3721,11 +3864,6 @@ class Index:
         self.pins.held[token] = (slot,)
         self._finish()
         return table.place(slot)
-
-    def _finish(self) -> None:
-        """End a change, and the larger one that it was a part of."""
-        self._unfinished = 0
-        self.words[DIRTY] = 0
 
     def commit(self, token: int, saved: Saved | None, keep_pinned: bool, if_absent: bool) -> None:
         """Make a reserved value an entry, in place of what is there under its key; `if_absent`: if nothing is.
@@ -3805,53 +3943,7 @@ class Index:
         self.order.replace_locked(slot)
         words[PUTS] = words[PUTS] + 1
 
-    def _begin_change(self, slot: int) -> bool:
-        """Keep readers without the lock from an entry whose value is about to change in place, or move.
-
-        False, and nothing is changed, if one has it pinned just now; others pin under the lock. A reader pins first and
-        then looks at the seal. So whoever changes the seal first and then looks at the pins sees the pin, or is seen.
-        `EntryTable.complete` must follow.
-        """
-        self.table.seal_off(slot)
-        _new_lock().acquire()
-        if self.pins.is_named(slot):
-            self.table.unseal(slot)
-            return False
-        return True
-
     # --- removing ----------------------------------------------------------------------------------------------------
-
-    def _drop(self, slot: int) -> bool:
-        """Take an entry out of the pool; its blocks follow when nobody reads them any more: False."""
-        table, words = self.table, self.words
-        # A reader pins without the lock, and then looks at the seal; it unpins, and then looks for CONDEMNED. So change
-        # that first and look at the pins second.
-        table.set_state(slot, CONDEMNED)
-        _new_lock().acquire()
-        pinned = self.pins.is_pinned(slot)
-        if not pinned:
-            table.set_state(slot, FREE)
-        table.unlink(slot)
-        self.order.unlink_locked(slot)
-        words[NUM_ENTRIES] = words[NUM_ENTRIES] - 1
-        if pinned:
-            words[NUM_BUSY] = words[NUM_BUSY] + 1
-        else:
-            self.blocks.free_locked(*table.extent(slot))
-            table.release(slot)
-        return not pinned
-
-    def evict(self, slots: Iterable[int]) -> bool:
-        """Evict entries; return True if all their blocks are free, which no view that begins just now prevents."""
-        words, all_free = self.words, True
-        for slot in slots:
-            words[DIRTY] = 1
-            if self.order.is_adaptive:
-                self.order.remember_locked(slot, self.table.key(slot))
-            all_free = self._drop(slot) and all_free
-            words[EVICTIONS] = words[EVICTIONS] + 1
-            words[DIRTY] = self._unfinished
-        return all_free
 
     def evict_some(self, wanted: int) -> int:
         """Evict so many entries in policy order, as far as they are not pinned; returns how many."""
@@ -3869,12 +3961,6 @@ class Index:
         self.remove(slot)
         return True
 
-    def remove(self, slot: int) -> None:
-        """Remove the entry in a slot."""
-        self.words[DIRTY] = 1
-        self._drop(slot)
-        self.words[DIRTY] = self._unfinished
-
     # --- settling what was cut off -----------------------------------------------------------------------------------
 
     def settle_own(self, tokens: Collection[int]) -> None:
@@ -3889,80 +3975,10 @@ class Index:
         for among in (self.table.used(),) if 0 in slots else (range(slot, slot + 1) for slot in slots):
             self.settle(held, among)
 
-    def settle(self, held: Mapping[int, tuple[Container[int], Container[int]]], among: range | None = None) -> None:
-        """Let sessions pin and write just what they hold: session -> (slots that it pins, slots that it writes).
-
-        Of all slots, or only of some. What nobody pins or writes any more is freed.
-        """
-        table = self.table
-        for session, (pinned, _) in held.items():
-            self.pins.release_all(session, table.used() if among is None else among, pinned)
-        stale = []
-        are_busy = self.words[NUM_BUSY] or self.words[DIRTY]
-        for slot in table.slots(WRITING, CONDEMNED, among=among) if are_busy else ():
-            if table.state(slot) == WRITING:
-                owner = table.owner(slot)
-                if owner in held and slot not in held[owner][1]:
-                    stale.append(slot)
-            elif not self.pins.is_pinned(slot):
-                stale.append(slot)
-        self._free(stale)
-
-    def _free(self, slots: Iterable[int]) -> None:
-        """Free what WRITING or CONDEMNED records hold; if DIRTY is set, the rebuild does the rest."""
-        rebuild_follows = self.words[DIRTY]
-        self.words[DIRTY] = 1
-        for slot in slots:
-            self.table.set_state(slot, FREE)
-            if not rebuild_follows:
-                self.blocks.free_locked(*self.table.extent(slot))
-                self.table.release(slot)
-                self.words[NUM_BUSY] -= 1
-        self.words[DIRTY] = self._unfinished
-
-    def reclaim(self, only_signs: bool = False) -> bool:
-        """Free every record that no live session pins or writes; return True if there was any.
-
-        About 1 us a session; where values are on their way in, or deleted ones are not freed yet, a pass over all
-        records of 0.03 us each. `only_signs`: that pass only where a reader or a dead session has left a sign.
-        """
-        found = self.reclaim_dead()
-        if self.words[UNREAD] or (not only_signs and self.others_write()):
-            self.words[UNREAD] = 0
-            _new_lock().acquire()
-            busy = self.words[NUM_BUSY]
-            self.settle({})
-            found = found or self.words[NUM_BUSY] < busy
-        return found
-
-    def dead_sessions(self) -> dict[int, int]:
-        """Return session -> pid of those whose process has died."""
-        return {number: pid for number, pid in self.pins.sessions().items() if not self.is_alive(number)}
-
-    def settle_dead(self, dead: Iterable[int], among: range | None = None, is_last: bool = True) -> None:
-        """Free what dead sessions hold of some slots, or of all; `is_last`: their numbers are free then."""
-        for session in dead:
-            self.pins.end_name(session)
-        self.settle(dict.fromkeys(dead, ((), ())), among)
-        for session in dead if is_last else ():
-            self.leave(session)
-
     def settle_dead_again(self, dead: Mapping[int, int], among: range, is_last: bool = False) -> None:
         """Do one step of `settle_dead` for those of these that are still there: others may do the same."""
         left = [session for session, pid in self.dead_sessions().items() if dead.get(session) == pid]
         self.settle_dead(left, among, is_last)
-
-    def reclaim_dead(self) -> bool:
-        """Free what sessions hold whose process has died; return True if there was such a session."""
-        dead = self.dead_sessions()
-        if dead:
-            self.settle_dead(dead)
-        return bool(dead)
-
-    def leave(self, session: int) -> None:
-        """Take a session that holds nothing out of the table."""
-        self.uses.leave(session)
-        self.pins.leave(session)
 
     # --- repairing and checking --------------------------------------------------------------------------------------
 
@@ -5088,6 +5104,123 @@ class _Handle:
         if self._segment is None or self._closing:
             raise PoolClosedError.of(self.name, self._lost)
 
+    # --- reading and writing ------------------------------------------------------------------------------------------
+
+    def _may_read_unlocked(self) -> bool:
+        """Return True if this machine allows it, and nothing of this handle has to be put in order first."""
+        return not (self._due or self._closing) and LOADS_IN_ORDER and bool(_own_process[0])
+
+    def _note_late(self, use: int) -> None:
+        """Note a use of an entry that found no place, once all that are noted have been counted under the lock."""
+        with contextlib.suppress(CacheError, IndexError, ValueError):  # a signal handler inside a call; closed; forked
+            self._locked(Index.catch_up)
+            self._uses.note(use, next(self._use_numbers))
+
+    def _count_miss(self) -> bool:
+        """Count a miss without the lock; False if that can't be done, or the pool also records accesses."""
+        with self._mutex:  # not a lock of the parent's: the caller has just looked
+            if self._segment is None or self._closing or self._due or self._is_locked or not self._is_lock_free:
+                return False
+            try:
+                self._uses.count_miss()
+            except (PoolClosedError, IndexError, ValueError):  # a signal handler has just closed the pool, or forked
+                return False
+            return True
+
+    def _open_view(self, key: bytes, token: int, counts: bool, is_writable: bool) -> memoryview | None:
+        """Return a view of an entry, pinned as `token`; without the lock if this handle has no other such view."""
+        if self._is_lock_free and _own_process[0]:
+            with self._mutex:  # other threads use the same word to pin
+                if not (self._pins.named or self._is_locked or self._due or self._closing):
+                    try:
+                        self._is_locked = True  # a signal handler must not use the word, nor look at half a pin
+                        use, view, is_pinned = self._pin_unlocked(key, token, is_writable)
+                    finally:
+                        self._is_locked = False
+                    if is_pinned:
+                        try:
+                            is_noted = not counts or self._uses.note(use, next(self._use_numbers))
+                        except (IndexError, ValueError):  # a signal handler has just forked: this is the child
+                            is_noted = True
+                        if not is_noted:
+                            self._note_late(use)
+                        return view
+                    if view is not None:
+                        self._close_view(token, view, cast(memoryview, view.obj))
+                    elif use == 0 and (not counts or self._count_miss()):
+                        return None
+        place = self._locked(Index.hold, key, token, counts)
+        if place is None:
+            return None
+        return self._lend_one(self._mapped.buffer if is_writable else self._mapped.read_only, *place, token)
+
+    def _pin_unlocked(self, key: bytes, token: int, is_writable: bool) -> tuple[int, memoryview | None, bool]:
+        """(use, view, whether it is of that use still) of an entry, pinned by the session's word; use 0: there is none.
+
+        -1: that can't be done without the lock.
+        """
+        segment, table, words, pins = self._segment, self._table, self._words, self._pins
+        try:
+            if segment is None:
+                return -1, None, False
+            changes, is_dirty = words[CHANGES], words[DIRTY]
+            use, offset, size = table.find_use(key)
+            if use <= 0:
+                is_missing = not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes
+                return (0 if is_missing else -1), None, False
+            view = self._lend_one(segment.buffer if is_writable else segment.read_only, offset, size, token)
+            slot = use & 0xFFFFFFFF
+            pins.held[token] = (slot,)
+            pins.named = token
+            pins.name(slot)
+            _new_lock().acquire()  # see `Index._begin_change`
+            return use, view, table.is_current(use)
+        except (PoolClosedError, IndexError, ValueError):
+            self._held.pop(token, None)
+            if pins.named == token:
+                pins.named = 0
+            return -1, None, False
+
+    def _patiently(self, attempt: Callable[[], _R], size: int) -> _R:
+        """Repeat an attempt to store that found no room, while copies under way elsewhere may be what is in the way.
+
+        Copies take microseconds to milliseconds; pins that last longer are real, and the attempt fails.
+        """
+        started, pause = time.monotonic(), 1e-4
+        result = attempt()
+        if not result and self._geometry.blocks_for(size) <= self._geometry.num_blocks:
+            while not result and self._segment is not None:
+                others_write = self._word(NUM_BUSY) > len(self._pins.writing)
+                if time.monotonic() - started > (PATIENCE_FOR_WRITES if others_write else PATIENCE_FOR_PINS):
+                    break
+                time.sleep(pause)
+                pause = min(2 * pause, 0.005)
+                result = attempt()
+        return result
+
+    def _reserve(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
+        """(offset, size) of a place for a value, known by `token`, ready to be written; None if it can't be stored."""
+        place = self._patiently(lambda: self._locked(Index.reserve, key, size, meta, token), size)
+        if place is not None:
+            _map_pages(self._memory, *place)
+        return place
+
+    def _zero(self, offset: int, size: int) -> None:
+        for at in range(offset, offset + size, COPY_CHUNK):
+            end = min(at + COPY_CHUNK, offset + size)
+            self._memory[at:end] = bytes(end - at)
+
+    def _decode(self, copy: bytes) -> CacheEntry:
+        """Return the entry, from what `Index.copy` says of it."""
+        key, prefix, tensor, start, size, created, accessed, count, priority, tokens, layer = read_copy(copy)
+        offset = self._geometry.data_offset + start * self._geometry.block_size
+        entry = CacheEntry(key, prefix, offset, size, created, accessed, count, priority, tokens, layer)
+        if tensor:
+            entry.framework, _, described = tensor.partition(":")
+            entry.dtype, *shape = described.split(" ")
+            entry.shape = tuple(map(int, shape))
+        return entry
+
     # --- lending -----------------------------------------------------------------------------------------------------
 
     def _lend(
@@ -5337,7 +5470,7 @@ class _View:
 
     __slots__ = ("_counts", "_is_writable", "_key", "_owner", "_pool", "_view", "token")
 
-    def __init__(self, pool: KVCachePool, key: bytes, counts: bool = True, is_writable: bool = False) -> None:
+    def __init__(self, pool: _Handle, key: bytes, counts: bool = True, is_writable: bool = False) -> None:
         self._pool = pool
         self._key = key
         self._counts = counts
@@ -5368,7 +5501,7 @@ class _View:
 class _TensorView(contextlib.AbstractContextManager[Any]):
     """A pinned array over one value."""
 
-    def __init__(self, pool: KVCachePool, key: bytes, framework: str | None) -> None:
+    def __init__(self, pool: _Handle, key: bytes, framework: str | None) -> None:
         self._reader = _View(pool, key, is_writable=True)  # torch warns of memory that it can't write to
         self._pool = pool
         self._framework = framework
@@ -5392,7 +5525,7 @@ class _TensorView(contextlib.AbstractContextManager[Any]):
 class _Peek(contextlib.AbstractContextManager["tuple[bytes, memoryview] | None"]):
     """A copy of an entry, and its value in place, pinned, without counting a use."""
 
-    def __init__(self, pool: KVCachePool, key: str) -> None:
+    def __init__(self, pool: _Handle, key: str) -> None:
         self._reader = _View(pool, encode_key(key), counts=False)
         self._pool = pool
 
@@ -5413,7 +5546,7 @@ class _Peek(contextlib.AbstractContextManager["tuple[bytes, memoryview] | None"]
 class _PoolReader:
     """The values of a pool, for `write_snapshot`."""
 
-    def __init__(self, pool: KVCachePool) -> None:
+    def __init__(self, pool: _Handle) -> None:
         self._pool = pool
 
     def small_values(self, copies: list[bytes]) -> list[tuple[bytes, bytes | None]]:
@@ -5427,7 +5560,7 @@ class _PoolReader:
 class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
     """A writable view of a value that exists from the clean end of the `with` block on."""
 
-    def __init__(self, pool: KVCachePool, key: bytes, size: int, meta: EntryMeta, saved: Saved | None = None) -> None:
+    def __init__(self, pool: _Handle, key: bytes, size: int, meta: EntryMeta, saved: Saved | None = None) -> None:
         """`saved`: what a snapshot says of the value, which is filled whole then, so it is not zeroed."""
         self._pool = pool
         self._key = key
@@ -5502,7 +5635,7 @@ def _claim_byte(key: bytes) -> int:
 class PathViews(list["memoryview"]):
     """The values of a path, root first, in place: the pinned memoryviews that `KVCachePool.view_path` gives."""
 
-    def __init__(self, pool: KVCachePool, tokens: Sequence[int]) -> None:
+    def __init__(self, pool: _Handle, tokens: Sequence[int]) -> None:
         self._pool = pool
         self._tokens = tokens
 
@@ -5518,7 +5651,7 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
     A class, for a generator that an exception passes through keeps its frames, and so its views, in a cycle.
     """
 
-    def __init__(self, pool: KVCachePool, keys: list[bytes], verify: bool) -> None:
+    def __init__(self, pool: _Paths, keys: list[bytes], verify: bool) -> None:
         self._pool = pool
         self._keys = keys
         self._verify = verify
@@ -5565,7 +5698,7 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
         for number, (view, copy) in enumerate(zip(self._views, copies, strict=True)):
             checksum = copied_checksum(copy)
             if checksum and zlib.crc32(view) != checksum:
-                self._pool.delete(copied_key(copy))
+                self._pool._locked(Index.delete, copied_key(copy).encode())
                 del self._views[number:]
                 return
 
@@ -5593,7 +5726,7 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
 
     def __init__(
         self,
-        pool: KVCachePool,
+        pool: _Handle,
         keys: list[bytes],
         sizes: list[int],
         metas: list[EntryMeta],
@@ -5701,409 +5834,11 @@ class _Entries(Mapping[str, CacheEntry]):
         return [(entry.key, entry) for entry in self._pool._describe_all()]
 
 
-class KVCachePool(_Handle):
-    """A pool of KV blocks in memory that every process of the host can open by name.
+class _Paths(_Handle):
+    """The calls of a pool about the blocks of one prompt, root first; a path ends at the first that is missing.
 
-    All methods are safe to call from several threads and processes at once, and may be interrupted or killed at any
-    point. Reads take no lock, so processes read side by side. What changes entries takes the pool's lock for a few
-    microseconds; values of more than 64 KiB are copied outside it. After `fork` the child goes on with locks of its
-    own; views and pins stay the parent's.
+    It is found without the lock; one lock a part pins it, or plans it, or commits it; copies are made outside.
     """
-
-    def __init__(
-        self, config: CachePoolConfig, create: bool = True, *, store_path: str | os.PathLike[str] | None = None
-    ) -> None:
-        """Open the pool `config.name`, or make one that lives as long as some process has it open.
-
-        PoolNotFoundError if it is not there and `create` is false, PoolMismatchError if its size, tier, policy or block
-        size differ from the config's. `store_path`: the store directory, by default that of `CacheStore()`.
-        """
-        if not isinstance(config, CachePoolConfig):
-            raise InvalidArgumentError(f"config is a {type(config).__name__}, it must be a CachePoolConfig")
-        store = _real_store_path(store_path)
-        segment = _open_segment(store, config.name, config, create=create, transient=True)
-        if segment is None:
-            raise PoolNotFoundError(f"there is no pool {config.name!r} in {store}: create it first")
-        self._start(segment)
-
-    @classmethod
-    def attach(cls, name: str, store_path: str | os.PathLike[str] | None = None) -> KVCachePool:
-        """Open an existing pool; PoolNotFoundError if there is none of that name."""
-        store = _real_store_path(store_path)
-        pool = cls._open(store, name)
-        if pool is None:
-            raise PoolNotFoundError(f"there is no pool {name!r} in {store}: create it first")
-        return pool
-
-    @classmethod
-    def _open(cls, store_path: str, name: str, config: CachePoolConfig | None = None, **how: Any) -> KVCachePool | None:
-        """Return a handle on what `_open_segment` finds or makes."""
-        segment = _open_segment(store_path, name, config, **how)
-        if segment is None:
-            return None
-        pool = cls.__new__(cls)
-        pool._start(segment)
-        return pool
-
-    @property
-    def config(self) -> CachePoolConfig:
-        """How the pool was made, with the policy that it has now."""
-        if not (self._segment is None or self._closing or self._is_locked) and self._word(POLICY) != self._policy:
-            self._join()
-        return self._config
-
-    def __enter__(self) -> KVCachePool:
-        self._check_open()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A pool sent to another process is opened there by name."""
-        return KVCachePool.attach, (self.name, self.store_path)
-
-    def __repr__(self) -> str:
-        state = "closed" if self._segment is None else self._config.eviction_policy
-        return f"<KVCachePool {self.name!r} {format_size(self._geometry.size_bytes)} {state}>"
-
-    # --- storing -----------------------------------------------------------------------------------------------------
-
-    def put(self, key: str, data: Any, *, if_absent: bool = False, **meta: Any) -> bool:
-        """Store a copy of `data`, any object with the buffer protocol, replacing what is there under `key`.
-
-        Keyword arguments: prefix_hash, priority, sequence_length, layer_index. False if the value can't be stored, and
-        then nothing has changed: it is larger than the data region, or pins are in the way. (Only where a view of the
-        chosen victim begins at the same moment, an entry may go in vain.) Changes: eviction order, other entries may be
-        evicted. `if_absent`: a value that is there stays as it is, and True says that one is there.
-
-        The old value stays readable until the new one is complete, where there is room for both once all others that
-        nobody pins are evicted. Where there is not, the old value goes first, and none is left if the process is killed
-        or interrupted in the put. Others see no gap when the new value has up to 64 KiB. While a larger one is copied
-        there is none under `key`.
-        """
-        encoded = encode_key(key)
-        if type(data) is bytes:
-            size = len(data)
-        else:
-            data = as_bytes(data)
-            size = data.nbytes
-        checked = _checked_meta(encoded, size, meta) if meta else NO_META
-        return self._store(encoded, data, size, checked, if_absent)
-
-    def _patiently(self, attempt: Callable[[], _R], size: int) -> _R:
-        """Repeat an attempt to store that found no room, while copies under way elsewhere may be what is in the way.
-
-        Copies take microseconds to milliseconds; pins that last longer are real, and the attempt fails.
-        """
-        started, pause = time.monotonic(), 1e-4
-        result = attempt()
-        if not result and self._geometry.blocks_for(size) <= self._geometry.num_blocks:
-            while not result and self._segment is not None:
-                others_write = self._word(NUM_BUSY) > len(self._pins.writing)
-                if time.monotonic() - started > (PATIENCE_FOR_WRITES if others_write else PATIENCE_FOR_PINS):
-                    break
-                time.sleep(pause)
-                pause = min(2 * pause, 0.005)
-                result = attempt()
-        return result
-
-    def _reserve(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
-        """(offset, size) of a place for a value, known by `token`, ready to be written; None if it can't be stored."""
-        place = self._patiently(lambda: self._locked(Index.reserve, key, size, meta, token), size)
-        if place is not None:
-            _map_pages(self._memory, *place)
-        return place
-
-    def _store(self, key: bytes, data: Any, size: int, meta: EntryMeta, if_absent: bool = False) -> bool:
-        token = 0
-        try:
-            if size <= COPY_UNDER_LOCK:
-                stored = self._locked(Index.put, key, data, size, meta, if_absent)
-                return stored or self._patiently(
-                    lambda: self._locked(Index.put, key, data, size, meta, if_absent), size
-                )
-            if if_absent and self._find_path([key]):
-                return True
-            token = next(self._tokens)
-            place = self._reserve(key, size, meta, token)
-            if place is None:
-                return False
-            self._memory[place[0] : place[0] + size] = data
-            self._locked(Index.commit, token, None, False, if_absent, after_close=True)
-        except BaseException:
-            self._due.append(token)
-            self._settle_due()
-            raise
-        if self._closing:
-            self._close_if_unused()
-        return True
-
-    def allocate(
-        self,
-        key: str,
-        size: int,
-        prefix_hash: str = "",
-        priority: int = 0,
-        sequence_length: int = 0,
-        layer_index: int = 0,
-    ) -> CacheEntry | None:
-        """Make an entry of `size` zero bytes, replacing what is there under `key`; None where `put` gives False."""
-        meta = {
-            "prefix_hash": prefix_hash,
-            "priority": priority,
-            "sequence_length": sequence_length,
-            "layer_index": layer_index,
-        }
-        with self.reserve(key, size, **meta) as view:
-            stored = view is not None
-        return self._describe(encode_key(key)) if stored else None
-
-    def reserve(self, key: str, size: int, **meta: Any) -> contextlib.AbstractContextManager[memoryview | None]:
-        """Context manager giving a writable memoryview of `size` zero bytes; the entry exists after a clean exit.
-
-        None instead of a view where `put` gives False. Keyword arguments as in `put`. On an error inside the block
-        nothing is stored. The old value stays readable until the end of the block, and after an error, where there is
-        room for both values as in `put`. Where there is not, it goes at the start of the block, whatever its size, and
-        does not come back. Do not write to arrays made from the view after the block: others read then.
-        """
-        self._check_open()
-        encoded = encode_key(key)
-        size = check_int("size", size, 0)
-        return _Reservation(self, encoded, size, _checked_meta(encoded, size, meta))
-
-    def _zero(self, offset: int, size: int) -> None:
-        for at in range(offset, offset + size, COPY_CHUNK):
-            end = min(at + COPY_CHUNK, offset + size)
-            self._memory[at:end] = bytes(end - at)
-
-    # --- reading -----------------------------------------------------------------------------------------------------
-
-    def get(self, key: str) -> bytes | None:
-        """Return a copy of the value, None if there is none. Changes: eviction order, use count, statistics."""
-        encoded = encode_key(key)
-        try:
-            for _ in UNLOCKED_TRIES:
-                words, table = self._words, self._table
-                if self._due or self._closing or not (self._is_lock_free and _own_process[0]):
-                    break
-                changes, is_dirty = words[CHANGES], words[DIRTY]
-                use, offset, size = table.find_use(encoded)
-                if use > 0:
-                    value = self._memory[offset : offset + size]
-                    if table.is_current(use):
-                        if not self._uses.note(use, next(self._use_numbers)):
-                            self._note_late(use)
-                        return value
-                elif not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes and self._count_miss():
-                    return None
-        except (PoolClosedError, IndexError, ValueError):  # closed by another thread, or led astray by a change
-            pass
-        token = next(self._tokens)
-        try:
-            found = self._locked(Index.get, encoded, token)
-            if isinstance(found, tuple):
-                offset, size = found
-                found = self._memory[offset : offset + size]
-                self._release_pin(token)
-        except BaseException:
-            self._due.append(token)
-            self._settle_due()
-            raise
-        return found
-
-    def _may_read_unlocked(self) -> bool:
-        """Return True if this machine allows it, and nothing of this handle has to be put in order first."""
-        return not (self._due or self._closing) and LOADS_IN_ORDER and bool(_own_process[0])
-
-    def _look_up(self, key: bytes) -> tuple[int, int]:
-        """(slot or 0, CHANGES for which that is true), without the lock; (0, -1) if that can't be told without it.
-
-        `_count_unlocked` does the same for a path; `in` by way of it would take half as long again.
-        """
-        try:
-            words = self._words
-            changes: int = words[CHANGES]
-            unchanged = not (words[DIRTY] or self._due or self._closing)
-            if unchanged and LOADS_IN_ORDER and _own_process[0]:
-                slot = self._table.find(key)
-                if not words[DIRTY] and words[CHANGES] == changes:
-                    return slot, changes
-        except (PoolClosedError, IndexError, ValueError):  # closed by another thread, or led astray by a change
-            pass
-        return 0, -1
-
-    def _note_late(self, use: int) -> None:
-        """Note a use of an entry that found no place, once all that are noted have been counted under the lock."""
-        with contextlib.suppress(CacheError, IndexError, ValueError):  # a signal handler inside a call; closed; forked
-            self._locked(Index.catch_up)
-            self._uses.note(use, next(self._use_numbers))
-
-    def _count_miss(self) -> bool:
-        """Count a miss without the lock; False if that can't be done, or the pool also records accesses."""
-        with self._mutex:  # not a lock of the parent's: the caller has just looked
-            if self._segment is None or self._closing or self._due or self._is_locked or not self._is_lock_free:
-                return False
-            try:
-                self._uses.count_miss()
-            except (PoolClosedError, IndexError, ValueError):  # a signal handler has just closed the pool, or forked
-                return False
-            return True
-
-    def recorded_requests(self) -> tuple[list[list[int]], dict[int, int], float]:
-        """Return (requests, blocks of each key, hit rate) of the last accesses, oldest first; keys are digests.
-
-        A request is one `get` or `view`, or the path of one `PrefixCache.load`, root first. A key that was never there
-        counts one block. Empty for a pool that was not made to record.
-        """
-        ring = self._locked(Index.recorded)
-        requests: list[list[int]] = []
-        blocks: dict[int, int] = {}
-        hits = 0
-        for digest, about in zip(ring[::2], ring[1::2], strict=True):
-            if about & 2 or not requests:
-                requests.append([])
-            requests[-1].append(digest)
-            hits += about & 1
-            blocks[digest] = max(self._geometry.blocks_for(about >> 2), blocks.get(digest, 1))
-        return requests, blocks, hits / max(len(ring) // 2, 1)
-
-    def view(self, key: str) -> contextlib.AbstractContextManager[memoryview | None]:
-        """Context manager giving a read-only memoryview of the value in place, None on a miss.
-
-        The entry is pinned inside the block: neither evicted, moved nor overwritten. A numpy array made from the view
-        keeps it so for as long as the array lives. Otherwise changes the same as `get`.
-        """
-        if self._closing or self._segment is None:
-            self._check_open()
-        return _View(self, encode_key(key))
-
-    def _open_view(self, key: bytes, token: int, counts: bool, is_writable: bool) -> memoryview | None:
-        """Return a view of an entry, pinned as `token`; without the lock if this handle has no other such view."""
-        if self._is_lock_free and _own_process[0]:
-            with self._mutex:  # other threads use the same word to pin
-                if not (self._pins.named or self._is_locked or self._due or self._closing):
-                    try:
-                        self._is_locked = True  # a signal handler must not use the word, nor look at half a pin
-                        use, view, is_pinned = self._pin_unlocked(key, token, is_writable)
-                    finally:
-                        self._is_locked = False
-                    if is_pinned:
-                        try:
-                            is_noted = not counts or self._uses.note(use, next(self._use_numbers))
-                        except (IndexError, ValueError):  # a signal handler has just forked: this is the child
-                            is_noted = True
-                        if not is_noted:
-                            self._note_late(use)
-                        return view
-                    if view is not None:
-                        self._close_view(token, view, cast(memoryview, view.obj))
-                    elif use == 0 and (not counts or self._count_miss()):
-                        return None
-        place = self._locked(Index.hold, key, token, counts)
-        if place is None:
-            return None
-        return self._lend_one(self._mapped.buffer if is_writable else self._mapped.read_only, *place, token)
-
-    def _pin_unlocked(self, key: bytes, token: int, is_writable: bool) -> tuple[int, memoryview | None, bool]:
-        """(use, view, whether it is of that use still) of an entry, pinned by the session's word; use 0: there is none.
-
-        -1: that can't be done without the lock.
-        """
-        segment, table, words, pins = self._segment, self._table, self._words, self._pins
-        try:
-            if segment is None:
-                return -1, None, False
-            changes, is_dirty = words[CHANGES], words[DIRTY]
-            use, offset, size = table.find_use(key)
-            if use <= 0:
-                is_missing = not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes
-                return (0 if is_missing else -1), None, False
-            view = self._lend_one(segment.buffer if is_writable else segment.read_only, offset, size, token)
-            slot = use & 0xFFFFFFFF
-            pins.held[token] = (slot,)
-            pins.named = token
-            pins.name(slot)
-            _new_lock().acquire()  # see `Index._begin_change`
-            return use, view, table.is_current(use)
-        except (PoolClosedError, IndexError, ValueError):
-            self._held.pop(token, None)
-            if pins.named == token:
-                pins.named = 0
-            return -1, None, False
-
-    def pin(self, key: str) -> bool:
-        """Keep the value that is there now from being evicted or moved until `unpin` or `close`; False if none is.
-
-        Pins add up. A value that is replaced or deleted while pinned is gone for everybody; its blocks follow.
-        """
-        encoded = encode_key(key)
-        token = next(self._tokens)
-        try:
-            is_there = self._locked(Index.pin, encoded, token)
-            with self._mutex:
-                if is_there:
-                    self._pins_by_key.setdefault(encoded, []).append(token)
-            return is_there
-        except BaseException:
-            self._due.append(token)
-            self._settle_due()
-            raise
-
-    def unpin(self, key: str) -> bool:
-        """End one `pin` of this handle; False if it has none on that key."""
-        encoded = encode_key(key)
-        if not _own_process[0]:
-            _adopt_pools()
-        with self._mutex:
-            self._check_open()
-            tokens = [token for token in self._pins_by_key.get(encoded, ()) if token in self._held]
-            if not tokens:
-                return False
-            self._locked(Index.unpin, tokens[0])  # first: an interrupt must not lose the others
-            if tokens[1:]:
-                self._pins_by_key[encoded] = tokens[1:]
-            else:
-                del self._pins_by_key[encoded]
-        return True
-
-    # --- tensors -----------------------------------------------------------------------------------------------------
-
-    def put_tensor(self, key: str, tensor: Any, **meta: Any) -> bool:
-        """`put` for a numpy array or a torch tensor in main memory; dtype and shape are kept, in snapshots too.
-
-        Takes any dtype that both safetensors and the library have: bf16, all fp8, fp4 (pairs, as torch keeps them) and
-        complex64 among them. Copied once, or twice if it is not contiguous, conjugated or negated by a flag, or of the
-        other byte order.
-        """
-        framework, dtype, shape, data = tensor_parts(tensor)
-        encoded = encode_key(key)
-        described = {"dtype": dtype, "shape": shape, "framework": framework}
-        checked = _checked_meta(encoded, data.nbytes, {**meta, **described})
-        return self._store(encoded, data, data.nbytes, checked)
-
-    def get_tensor(self, key: str, framework: str | None = None) -> Any:
-        """Return a copy of a value as what was stored, a numpy array or a torch tensor; None on a miss.
-
-        `framework`: "numpy" or "torch" to get that instead. A value stored as plain bytes comes as one dimension of U8.
-        """
-        with self.view_tensor(key, framework) as tensor:
-            if tensor is None:
-                return None
-            return tensor.clone() if hasattr(tensor, "clone") else tensor.copy()
-
-    def view_tensor(self, key: str, framework: str | None = None) -> contextlib.AbstractContextManager[Any]:
-        """Context manager giving a value in place, as `get_tensor` gives a copy; None on a miss.
-
-        The entry is pinned inside the block, and for as long as the array or tensor lives. Read-only: numpy enforces
-        that. torch can't.
-        """
-        self._check_open()
-        if framework is not None and framework not in ("numpy", "torch"):
-            raise InvalidArgumentError(f"framework {_show(framework)} must be numpy or torch")
-        return _TensorView(self, encode_key(key), framework)
-
-    # --- paths -------------------------------------------------------------------------------------------------------
 
     def count_path(self, keys: Sequence[str]) -> int:
         """Return how many of these keys are there before the first that is missing; changes nothing.
@@ -6316,6 +6051,305 @@ class KVCachePool(_Handle):
             _record_lock(self._mapped.fd, fcntl.F_UNLCK, byte, fcntl.F_OFD_SETLK)
             return self._claims.pop(byte, None) is not None
 
+
+class KVCachePool(_Paths):
+    """A pool of KV blocks in memory that every process of the host can open by name.
+
+    All methods are safe to call from several threads and processes at once, and may be interrupted or killed at any
+    point. Reads take no lock, so processes read side by side. What changes entries takes the pool's lock for a few
+    microseconds; values of more than 64 KiB are copied outside it. After `fork` the child goes on with locks of its
+    own; views and pins stay the parent's.
+    """
+
+    def __init__(
+        self, config: CachePoolConfig, create: bool = True, *, store_path: str | os.PathLike[str] | None = None
+    ) -> None:
+        """Open the pool `config.name`, or make one that lives as long as some process has it open.
+
+        PoolNotFoundError if it is not there and `create` is false, PoolMismatchError if its size, tier, policy or block
+        size differ from the config's. `store_path`: the store directory, by default that of `CacheStore()`.
+        """
+        if not isinstance(config, CachePoolConfig):
+            raise InvalidArgumentError(f"config is a {type(config).__name__}, it must be a CachePoolConfig")
+        store = _real_store_path(store_path)
+        segment = _open_segment(store, config.name, config, create=create, transient=True)
+        if segment is None:
+            raise PoolNotFoundError(f"there is no pool {config.name!r} in {store}: create it first")
+        self._start(segment)
+
+    @classmethod
+    def attach(cls, name: str, store_path: str | os.PathLike[str] | None = None) -> KVCachePool:
+        """Open an existing pool; PoolNotFoundError if there is none of that name."""
+        store = _real_store_path(store_path)
+        pool = cls._open(store, name)
+        if pool is None:
+            raise PoolNotFoundError(f"there is no pool {name!r} in {store}: create it first")
+        return pool
+
+    @classmethod
+    def _open(cls, store_path: str, name: str, config: CachePoolConfig | None = None, **how: Any) -> KVCachePool | None:
+        """Return a handle on what `_open_segment` finds or makes."""
+        segment = _open_segment(store_path, name, config, **how)
+        if segment is None:
+            return None
+        pool = cls.__new__(cls)
+        pool._start(segment)
+        return pool
+
+    @property
+    def config(self) -> CachePoolConfig:
+        """How the pool was made, with the policy that it has now."""
+        if not (self._segment is None or self._closing or self._is_locked) and self._word(POLICY) != self._policy:
+            self._join()
+        return self._config
+
+    def __enter__(self) -> KVCachePool:
+        self._check_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pool sent to another process is opened there by name."""
+        return KVCachePool.attach, (self.name, self.store_path)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._segment is None else self._config.eviction_policy
+        return f"<KVCachePool {self.name!r} {format_size(self._geometry.size_bytes)} {state}>"
+
+    # --- storing -----------------------------------------------------------------------------------------------------
+
+    def put(self, key: str, data: Any, *, if_absent: bool = False, **meta: Any) -> bool:
+        """Store a copy of `data`, any object with the buffer protocol, replacing what is there under `key`.
+
+        Keyword arguments: prefix_hash, priority, sequence_length, layer_index. False if the value can't be stored, and
+        then nothing has changed: it is larger than the data region, or pins are in the way. (Only where a view of the
+        chosen victim begins at the same moment, an entry may go in vain.) Changes: eviction order, other entries may be
+        evicted. `if_absent`: a value that is there stays as it is, and True says that one is there.
+
+        The old value stays readable until the new one is complete, where there is room for both once all others that
+        nobody pins are evicted. Where there is not, the old value goes first, and none is left if the process is killed
+        or interrupted in the put. Others see no gap when the new value has up to 64 KiB. While a larger one is copied
+        there is none under `key`.
+        """
+        encoded = encode_key(key)
+        if type(data) is bytes:
+            size = len(data)
+        else:
+            data = as_bytes(data)
+            size = data.nbytes
+        checked = _checked_meta(encoded, size, meta) if meta else NO_META
+        return self._store(encoded, data, size, checked, if_absent)
+
+    def _store(self, key: bytes, data: Any, size: int, meta: EntryMeta, if_absent: bool = False) -> bool:
+        token = 0
+        try:
+            if size <= COPY_UNDER_LOCK:
+                stored = self._locked(Index.put, key, data, size, meta, if_absent)
+                return stored or self._patiently(
+                    lambda: self._locked(Index.put, key, data, size, meta, if_absent), size
+                )
+            if if_absent and self._find_path([key]):
+                return True
+            token = next(self._tokens)
+            place = self._reserve(key, size, meta, token)
+            if place is None:
+                return False
+            self._memory[place[0] : place[0] + size] = data
+            self._locked(Index.commit, token, None, False, if_absent, after_close=True)
+        except BaseException:
+            self._due.append(token)
+            self._settle_due()
+            raise
+        if self._closing:
+            self._close_if_unused()
+        return True
+
+    def allocate(
+        self,
+        key: str,
+        size: int,
+        prefix_hash: str = "",
+        priority: int = 0,
+        sequence_length: int = 0,
+        layer_index: int = 0,
+    ) -> CacheEntry | None:
+        """Make an entry of `size` zero bytes, replacing what is there under `key`; None where `put` gives False."""
+        meta = {
+            "prefix_hash": prefix_hash,
+            "priority": priority,
+            "sequence_length": sequence_length,
+            "layer_index": layer_index,
+        }
+        with self.reserve(key, size, **meta) as view:
+            stored = view is not None
+        return self._describe(encode_key(key)) if stored else None
+
+    def reserve(self, key: str, size: int, **meta: Any) -> contextlib.AbstractContextManager[memoryview | None]:
+        """Context manager giving a writable memoryview of `size` zero bytes; the entry exists after a clean exit.
+
+        None instead of a view where `put` gives False. Keyword arguments as in `put`. On an error inside the block
+        nothing is stored. The old value stays readable until the end of the block, and after an error, where there is
+        room for both values as in `put`. Where there is not, it goes at the start of the block, whatever its size, and
+        does not come back. Do not write to arrays made from the view after the block: others read then.
+        """
+        self._check_open()
+        encoded = encode_key(key)
+        size = check_int("size", size, 0)
+        return _Reservation(self, encoded, size, _checked_meta(encoded, size, meta))
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> bytes | None:
+        """Return a copy of the value, None if there is none. Changes: eviction order, use count, statistics."""
+        encoded = encode_key(key)
+        try:
+            for _ in UNLOCKED_TRIES:
+                words, table = self._words, self._table
+                if self._due or self._closing or not (self._is_lock_free and _own_process[0]):
+                    break
+                changes, is_dirty = words[CHANGES], words[DIRTY]
+                use, offset, size = table.find_use(encoded)
+                if use > 0:
+                    value = self._memory[offset : offset + size]
+                    if table.is_current(use):
+                        if not self._uses.note(use, next(self._use_numbers)):
+                            self._note_late(use)
+                        return value
+                elif not (use or is_dirty or words[DIRTY]) and words[CHANGES] == changes and self._count_miss():
+                    return None
+        except (PoolClosedError, IndexError, ValueError):  # closed by another thread, or led astray by a change
+            pass
+        token = next(self._tokens)
+        try:
+            found = self._locked(Index.get, encoded, token)
+            if isinstance(found, tuple):
+                offset, size = found
+                found = self._memory[offset : offset + size]
+                self._release_pin(token)
+        except BaseException:
+            self._due.append(token)
+            self._settle_due()
+            raise
+        return found
+
+    def _look_up(self, key: bytes) -> tuple[int, int]:
+        """(slot or 0, CHANGES for which that is true), without the lock; (0, -1) if that can't be told without it.
+
+        `_count_unlocked` does the same for a path; `in` by way of it would take half as long again.
+        """
+        try:
+            words = self._words
+            changes: int = words[CHANGES]
+            unchanged = not (words[DIRTY] or self._due or self._closing)
+            if unchanged and LOADS_IN_ORDER and _own_process[0]:
+                slot = self._table.find(key)
+                if not words[DIRTY] and words[CHANGES] == changes:
+                    return slot, changes
+        except (PoolClosedError, IndexError, ValueError):  # closed by another thread, or led astray by a change
+            pass
+        return 0, -1
+
+    def recorded_requests(self) -> tuple[list[list[int]], dict[int, int], float]:
+        """Return (requests, blocks of each key, hit rate) of the last accesses, oldest first; keys are digests.
+
+        A request is one `get` or `view`, or the path of one `PrefixCache.load`, root first. A key that was never there
+        counts one block. Empty for a pool that was not made to record.
+        """
+        ring = self._locked(Index.recorded)
+        requests: list[list[int]] = []
+        blocks: dict[int, int] = {}
+        hits = 0
+        for digest, about in zip(ring[::2], ring[1::2], strict=True):
+            if about & 2 or not requests:
+                requests.append([])
+            requests[-1].append(digest)
+            hits += about & 1
+            blocks[digest] = max(self._geometry.blocks_for(about >> 2), blocks.get(digest, 1))
+        return requests, blocks, hits / max(len(ring) // 2, 1)
+
+    def view(self, key: str) -> contextlib.AbstractContextManager[memoryview | None]:
+        """Context manager giving a read-only memoryview of the value in place, None on a miss.
+
+        The entry is pinned inside the block: neither evicted, moved nor overwritten. A numpy array made from the view
+        keeps it so for as long as the array lives. Otherwise changes the same as `get`.
+        """
+        if self._closing or self._segment is None:
+            self._check_open()
+        return _View(self, encode_key(key))
+
+    def pin(self, key: str) -> bool:
+        """Keep the value that is there now from being evicted or moved until `unpin` or `close`; False if none is.
+
+        Pins add up. A value that is replaced or deleted while pinned is gone for everybody; its blocks follow.
+        """
+        encoded = encode_key(key)
+        token = next(self._tokens)
+        try:
+            is_there = self._locked(Index.pin, encoded, token)
+            with self._mutex:
+                if is_there:
+                    self._pins_by_key.setdefault(encoded, []).append(token)
+            return is_there
+        except BaseException:
+            self._due.append(token)
+            self._settle_due()
+            raise
+
+    def unpin(self, key: str) -> bool:
+        """End one `pin` of this handle; False if it has none on that key."""
+        encoded = encode_key(key)
+        if not _own_process[0]:
+            _adopt_pools()
+        with self._mutex:
+            self._check_open()
+            tokens = [token for token in self._pins_by_key.get(encoded, ()) if token in self._held]
+            if not tokens:
+                return False
+            self._locked(Index.unpin, tokens[0])  # first: an interrupt must not lose the others
+            if tokens[1:]:
+                self._pins_by_key[encoded] = tokens[1:]
+            else:
+                del self._pins_by_key[encoded]
+        return True
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def put_tensor(self, key: str, tensor: Any, **meta: Any) -> bool:
+        """`put` for a numpy array or a torch tensor in main memory; dtype and shape are kept, in snapshots too.
+
+        Takes any dtype that both safetensors and the library have: bf16, all fp8, fp4 (pairs, as torch keeps them) and
+        complex64 among them. Copied once, or twice if it is not contiguous, conjugated or negated by a flag, or of the
+        other byte order.
+        """
+        framework, dtype, shape, data = tensor_parts(tensor)
+        encoded = encode_key(key)
+        described = {"dtype": dtype, "shape": shape, "framework": framework}
+        checked = _checked_meta(encoded, data.nbytes, {**meta, **described})
+        return self._store(encoded, data, data.nbytes, checked)
+
+    def get_tensor(self, key: str, framework: str | None = None) -> Any:
+        """Return a copy of a value as what was stored, a numpy array or a torch tensor; None on a miss.
+
+        `framework`: "numpy" or "torch" to get that instead. A value stored as plain bytes comes as one dimension of U8.
+        """
+        with self.view_tensor(key, framework) as tensor:
+            if tensor is None:
+                return None
+            return tensor.clone() if hasattr(tensor, "clone") else tensor.copy()
+
+    def view_tensor(self, key: str, framework: str | None = None) -> contextlib.AbstractContextManager[Any]:
+        """Context manager giving a value in place, as `get_tensor` gives a copy; None on a miss.
+
+        The entry is pinned inside the block, and for as long as the array or tensor lives. Read-only: numpy enforces
+        that. torch can't.
+        """
+        self._check_open()
+        if framework is not None and framework not in ("numpy", "torch"):
+            raise InvalidArgumentError(f"framework {_show(framework)} must be numpy or torch")
+        return _TensorView(self, encode_key(key), framework)
+
     # --- removing ----------------------------------------------------------------------------------------------------
 
     def delete(self, key: str) -> bool:
@@ -6425,17 +6459,6 @@ class KVCachePool(_Handle):
         note_of = self._index.order.note_of
         noted = [(note_of(*COPY_ORDER.unpack_from(copy)), copy) for copy in self._sweep(Index.copy)]
         return in_victim_order(noted, self._locked(Index.waste_now))
-
-    def _decode(self, copy: bytes) -> CacheEntry:
-        """Return the entry, from what `Index.copy` says of it."""
-        key, prefix, tensor, start, size, created, accessed, count, priority, tokens, layer = read_copy(copy)
-        offset = self._geometry.data_offset + start * self._geometry.block_size
-        entry = CacheEntry(key, prefix, offset, size, created, accessed, count, priority, tokens, layer)
-        if tensor:
-            entry.framework, _, described = tensor.partition(":")
-            entry.dtype, *shape = described.split(" ")
-            entry.shape = tuple(map(int, shape))
-        return entry
 
     def can_allocate(self, size: int) -> bool:
         """Return True if `allocate` of so many bytes would succeed now, evicting others if need be.
