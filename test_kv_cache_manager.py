@@ -166,6 +166,164 @@ def contents(pool: KVCachePool) -> dict[str, bytes | None]:
     return {key: pool.get(key) for key in list(pool)}
 
 
+def without_coverage() -> dict[str, str]:
+    """The environment for a process that must not be measured, or would be for minutes."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+
+
+def script(*lines: str) -> list[str]:
+    """The command that runs these lines in a Python process with the module at hand."""
+    head = (
+        "import json, os, signal, sys, threading",
+        "import kv_cache_manager as kv",
+        "from kv_cache_manager import CacheError, CachePoolConfig, CacheStore, KVCachePool",
+        "say = lambda text='ready': print(text, flush=True)",
+        "wait = sys.stdin.readline",
+    )
+    return [sys.executable, "-c", "\n".join((*head, *lines))]
+
+
+@contextlib.contextmanager
+def worker(*lines: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs these lines and talks over pipes (`say`, `wait`); killed if still there at the end."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(script(*lines), cwd=Path(MODULE).parent, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def hear(process: subprocess.Popen[str]) -> str:
+    """The next line that a worker says."""
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def tell(process: subprocess.Popen[str]) -> None:
+    """Let a worker go on that waits."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def open_config(*args: Any, **changes: Any) -> str:
+    """Source text of `make_config(...)`, for workers."""
+    return repr(make_config(*args, **changes))
+
+
+class Fuse:
+    """Counts writes to shared memory, and at a chosen one does `action` instead of going on."""
+
+    def __init__(self, blow_at: int = 0, action: Callable[[], None] = lambda: None) -> None:
+        self.count = 0
+        self.reads = 0
+        self.blow_at = blow_at
+        self.action = action
+
+    def burn(self) -> bool:
+        self.count += 1
+        return self.count == self.blow_at
+
+
+class FusedMemory:
+    """Stands for a memoryview or mmap of a pool: every write burns the fuse, and happens by halves when it blows."""
+
+    def __init__(self, target: Any, fuse: Fuse) -> None:
+        self._target = target
+        self._fuse = fuse
+
+    def __getitem__(self, index: Any) -> Any:
+        self._fuse.reads += 1
+        return self._target[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self._fuse.burn():
+            if isinstance(index, slice):  # a copy may be cut anywhere; a word is written whole or not at all
+                start, _, step = index.indices(len(self._target))
+                half = len(value) // 2
+                whole = value if isinstance(value, memoryview) else bytes(value)
+                self._target[start : start + half * step : step] = whole[:half]
+            self._fuse.action()
+        self._target[index] = value
+
+    def move(self, target: int, source: int, count: int) -> None:
+        if self._fuse.burn():
+            self._target.move(target, source, count // 2)
+            self._fuse.action()
+        self._target.move(target, source, count)
+
+
+@contextlib.contextmanager
+def fused(pool: KVCachePool, fuse: Fuse, join: bool = True) -> Iterator[None]:
+    """Every write of `pool` goes through the fuse: state words, index, bitmap and data."""
+    if join:
+        pool._join()
+    index = index_of(pool)
+    memories = (bytes, bytearray, memoryview, mmap.mmap)
+    places = [
+        (owner, name)
+        for owner in (
+            pool,
+            pool._segment,
+            index,
+            index.table,
+            index.pins,
+            index.uses,
+            index.blocks,
+            index.order,
+        )
+        for name, value in vars(owner).items()
+        if isinstance(value, memories) and len(value) and name not in ("buffer", "read_only", "ghosts")
+    ]
+    originals = [getattr(owner, name) for owner, name in places]
+    for (owner, name), original in zip(places, originals, strict=True):
+        setattr(owner, name, FusedMemory(original, fuse))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked child; the exit status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork_child(work), 0)[1])
+
+
+def fork_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked child, which then ends; the pid."""
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+
+def assert_sound(pool: KVCachePool) -> None:
+    """What must hold at any quiet moment."""
+    assert pool.check() == []
+    stats = pool.get_stats()
+    in_use = sum(max(1, math.ceil(entry.size / stats["block_size"])) for entry in pool.entries.values())
+    assert stats["allocated_blocks"] == in_use, "blocks leaked"
+    assert stats["pinned_entries"] == 0, "pins leaked"
+    assert stats["entry_count"] == len(list(pool))
+
+
 # ======================================================================================================================
 # Sizes, data types, allocator, eviction
 # ======================================================================================================================
@@ -928,49 +1086,8 @@ class TestPlanning:
 
 
 # ======================================================================================================================
-# Segment and snapshot
+# Segment
 # ======================================================================================================================
-
-
-def script(*lines: str) -> list[str]:
-    """The command that runs these lines in a Python process with the module at hand."""
-    head = (
-        "import json, os, signal, sys, threading",
-        "import kv_cache_manager as kv",
-        "from kv_cache_manager import CacheError, CachePoolConfig, CacheStore, KVCachePool",
-        "say = lambda text='ready': print(text, flush=True)",
-        "wait = sys.stdin.readline",
-    )
-    return [sys.executable, "-c", "\n".join((*head, *lines))]
-
-
-@contextlib.contextmanager
-def worker(*lines: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs these lines and talks over pipes (`say`, `wait`); killed if still there at the end."""
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(script(*lines), cwd=Path(MODULE).parent, **pipes) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def hear(process: subprocess.Popen[str]) -> str:
-    """The next line that a worker says."""
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
-def tell(process: subprocess.Popen[str]) -> None:
-    """Let a worker go on that waits."""
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def open_config(*args: Any, **changes: Any) -> str:
-    """Source text of `make_config(...)`, for workers."""
-    return repr(make_config(*args, **changes))
 
 
 class TestSegment:
@@ -1251,6 +1368,440 @@ class TestSegment:
         with pytest.raises(kv.InvalidArgumentError, match="size_bytes"):
             KVCachePool(CachePoolConfig("pool", size_bytes))
         assert not os.path.exists(store_dir)
+
+
+# ======================================================================================================================
+# Index, and crashes in it
+# ======================================================================================================================
+
+
+def make_index(blocks: int = 16, policy: str = "lru", dead: set[int] | None = None, **changes: Any) -> kv.Index:
+    """An index over private memory, without processes; sessions in `dead` have died."""
+    geometry = kv.Geometry.of(make_config(blocks=blocks, eviction_policy=policy, **changes))
+    memory = kv.Memory(mmap.mmap(-1, geometry.bytes_with_ghosts))
+    gone = set() if dead is None else dead
+    ghosts = memory.buffer[geometry.ghosts_offset :] if policy == "adaptive" else None
+    index = kv.Index(memory, geometry, EvictionPolicy(policy), ghosts, lambda session: session not in gone)
+    index.rebuild()
+    enter_session(index, 0)
+    return index
+
+
+def enter_session(index: kv.Index, session: int) -> None:
+    index.pins.enter(session, 1000 + session)
+    index.act_for(session)
+
+
+def put_into(index: kv.Index, key: str, size: int) -> bool:
+    return index.put(key.encode(), payload(key, size), size, kv.NO_META, False)
+
+
+class TestIndex:
+    """What is done under the lock, over private memory: no segment, no lock, no other process."""
+
+    @pytest.mark.parametrize("policy", [policy.value for policy in EvictionPolicy])
+    def test_it_stores_finds_and_evicts(self, policy: str) -> None:
+        index = make_index(8, policy)
+        assert all(put_into(index, f"k{i}", SMALL) for i in range(6))
+        found = [i for i in range(6) if index.get(f"k{i}".encode(), 0) == payload(f"k{i}", SMALL)]
+        assert found == [2, 3, 4, 5]
+        assert index.stats()["evictions"] == 2
+        assert index.check(False) == []
+
+    def test_what_dead_sessions_hold_is_freed(self) -> None:
+        dead: set[int] = set()
+        index = make_index(8, dead=dead)
+        put_into(index, "pinned", SMALL)
+        put_into(index, "named", SMALL)
+        enter_session(index, 5)
+        assert index.pin(b"pinned", 1)
+        assert index.hold(b"named", 2, False)
+        assert index.reserve(b"new", SMALL, kv.NO_META, 3)
+        enter_session(index, 0)
+        assert not put_into(index, "large", 7 * BLOCK_SIZE)
+        assert index.count_pinned(index.table.used()) == 2
+        dead.add(5)
+        assert put_into(index, "large", 7 * BLOCK_SIZE)
+        assert index.pins.sessions() == {0: 1000}
+        assert index.check(False) == []
+
+    def test_a_cut_off_call_holds_nothing(self) -> None:
+        index = make_index(8)
+        put_into(index, "key", SMALL)
+        index.pin(b"key", 1)
+        index.pin(b"key", 2)
+        index.reserve(b"new", SMALL, kv.NO_META, 3)
+        index.settle_own([2, 3, 4])
+        assert (index.pins.held, index.pins.counts, index.pins.writing) == ({1: (1,)}, {1: 1}, set())
+        assert index.table.slots(kv.WRITING) == []
+        assert index.pins.is_pinned(1)
+        index.settle_own([1])
+        assert not index.pins.is_pinned(1)
+        assert index.check(False) == []
+
+    def test_a_rebuild_finds_all_again(self) -> None:
+        index = make_index(32)
+        for i in range(12):
+            put_into(index, f"k{i}", SMALL)
+        order = list(index.order.victims_locked())
+        first, last = index.geometry.heads_offset, index.geometry.records_offset
+        numbers = {slot: index.order.numbers_locked(slot) for slot in order}
+        index.memory[first : first + 8 * index.geometry.num_slots] = bytes(8 * index.geometry.num_slots)
+        index.memory[HEADER_SIZE : HEADER_SIZE + 8] = bytes(8)
+        assert index.check(False)
+        assert index.check(True)
+        assert index.check(False) == []
+        assert list(index.order.victims_locked()) == order
+        assert {slot: index.order.numbers_locked(slot) for slot in order} == numbers
+        assert last > first
+        assert index.get(b"k3", 0) == payload("k3", SMALL)
+
+    def test_an_error_inside_a_change_leaves_it_dirty(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        index = make_index()
+        put_into(index, "old", SMALL)
+        monkeypatch.setattr(index.order, "link_locked", lambda slot: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            put_into(index, "new", SMALL)
+        monkeypatch.undo()
+        assert index.words[kv.DIRTY] == 1
+        index.begin_anew()
+        index.repair()
+        assert index.words[kv.DIRTY] == 0
+        assert index.get(b"old", 0) == payload("old", SMALL)
+        assert index.check(False) == []
+
+    def test_two_sessions_that_commit_one_path_keep_one_copy(self) -> None:
+        index = make_index(16)
+        keys, sizes, metas = [b"a", b"b"], [SMALL, SMALL], [kv.NO_META] * 2
+        first = index.reserve_path(keys, sizes, metas, 1)
+        enter_session(index, 1)
+        second = index.reserve_path(keys, sizes, metas, 11)
+        assert None not in first + second
+        index.commit_path([11, 12], {11: 0, 12: 0}, (), kv.NO_LEAST)
+        kept = [index.table.place(index.table.find(key)) for key in keys]
+        index.commit_path([1, 2], {1: 0, 2: 0}, (), kv.NO_LEAST)
+        assert [index.table.place(index.table.find(key)) for key in keys] == kept == second
+        assert index.stats()["allocated_blocks"] == 4
+        assert index.check(False) == []
+
+
+LARGE = 20 * BLOCK_SIZE  # copied outside the lock
+SMALL = 2 * BLOCK_SIZE
+
+
+def fill_fragmented(pool: KVCachePool) -> None:
+    """64 blocks: 30 entries of 2 blocks, every other deleted, so that 20 blocks never lie together."""
+    for i in range(32):
+        pool.put(f"k{i:02}", payload(f"k{i:02}", SMALL), priority=i % 3, prefix_hash=f"p{i % 2}")
+    for i in range(0, 32, 2):
+        pool.delete(f"k{i:02}")
+    for i in (1, 3, 5):
+        pool.get(f"k{i:02}")
+
+
+def fill_roomy(pool: KVCachePool) -> None:
+    for key, size in (("old", LARGE), ("a", SMALL), ("b", 1), ("c", SMALL)):
+        pool.put(key, payload(key, size), prefix_hash="p")
+    pool.get("a")
+
+
+def view_and_use(pool: KVCachePool) -> None:
+    with pool.view("old") as view:
+        assert view is not None
+        bytes(view)
+
+
+def view_while_deleted(pool: KVCachePool) -> None:
+    with pool.view("old") as view:
+        pool.delete("old")
+        assert view is not None
+        bytes(view)
+
+
+def reserve_and_fill(pool: KVCachePool) -> None:
+    with pool.reserve("new", LARGE) as view:
+        assert view is not None
+        view[:] = payload("new", LARGE)
+
+
+def delete_while_pinned(pool: KVCachePool) -> None:
+    pool.pin("old")
+    pool.delete("old")
+    pool.unpin("old")
+
+
+def put_a_path(pool: KVCachePool) -> None:
+    pool.put_path(["a", "p1", "p2", "p3"], [payload(key, SMALL) for key in ("a", "new", "new", "new")], prefix_hash="p")
+
+
+def read_a_path(pool: KVCachePool) -> None:
+    with pool.view_path(["old", "a", "b", "missing"]) as views:
+        assert [len(view) for view in views] == [LARGE, SMALL, 1]
+
+
+# name -> (fill, operation, keys that may come, change or go)
+OPERATIONS: dict[str, tuple[Callable[[KVCachePool], None], Callable[[KVCachePool], Any], set[str]]] = {
+    "put": (fill_roomy, lambda pool: pool.put("new", payload("new", SMALL), prefix_hash="p"), {"new"}),
+    "put large": (fill_roomy, lambda pool: pool.put("new", payload("new", LARGE)), {"new"}),
+    "overwrite": (fill_roomy, lambda pool: pool.put("old", payload("new", SMALL)), {"old"}),
+    "overwrite in place": (fill_roomy, lambda pool: pool.put("a", payload("new", SMALL), prefix_hash="p"), {"a"}),
+    "overwrite large": (fill_roomy, lambda pool: pool.put("old", payload("new", LARGE)), {"old"}),
+    "overwrite large in place": (
+        fill_roomy,
+        lambda pool: pool.put("old", payload("new", LARGE), prefix_hash="p"),
+        {"old"},
+    ),
+    "get": (fill_roomy, lambda pool: pool.get("a"), set()),
+    "get large": (fill_roomy, lambda pool: pool.get("old"), set()),
+    "view": (fill_roomy, view_and_use, set()),
+    "view of what is deleted": (fill_roomy, view_while_deleted, {"old"}),
+    "reserve": (fill_roomy, reserve_and_fill, {"new"}),
+    "delete": (fill_roomy, lambda pool: pool.delete("a"), {"a"}),
+    "delete while pinned": (fill_roomy, delete_while_pinned, {"old"}),
+    "evict": (fill_fragmented, lambda pool: pool.evict(25), {"k01", "k03", "k05", "k07", "k09", "k11", "k13", "k15"}),
+    "touch": (fill_roomy, lambda pool: pool.touch(["old", "a", "b", "c"], ends_prompt=True), set()),
+    "put path": (fill_roomy, put_a_path, {"p1", "p2", "p3"}),
+    "view path": (fill_roomy, read_a_path, set()),
+    "get path into": (fill_roomy, lambda pool: pool.get_path_into(["a", "b"], [bytearray(SMALL), bytearray(1)]), set()),
+    "set policy": (fill_roomy, lambda pool: pool.set_eviction_policy("fifo"), set()),
+    "set policy adaptive": (fill_roomy, lambda pool: pool.set_eviction_policy("adaptive"), set()),
+    "clear": (fill_roomy, lambda pool: pool.clear(), {"old", "a", "b", "c"}),
+    "defragment": (fill_fragmented, lambda pool: pool.defragment(), set()),
+    "put that moves": (fill_fragmented, lambda pool: pool.put("new", payload("new", LARGE)), {"new"}),
+    "put that evicts and moves": (
+        fill_fragmented,
+        lambda pool: pool.put("new", payload("new", 40 * BLOCK_SIZE)),
+        {"new", *(f"k{i:02}" for i in range(1, 32, 2))},
+    ),
+}
+
+
+def assert_consistent(pool: KVCachePool, before: dict[str, bytes], may_change: set[str], operation: str) -> None:
+    """After a crash: all is there but for what the operation was about, which is old or new, never torn."""
+    assert_sound(pool)
+    after = contents(pool)
+    for key in before.keys() | after.keys():
+        if key not in may_change:
+            assert after.get(key) == before.get(key), f"{key} was lost or changed by a crash in {operation}"
+        elif key in after:
+            new = payload("new", len(after[key]))
+            assert after[key] in (before.get(key), new), f"{key} is torn after a crash in {operation}"
+        elif operation.startswith("overwrite"):
+            pytest.fail(f"{key} is neither old nor new")
+    assert pool.put("after the crash", payload("after the crash", SMALL))
+    assert pool.get("after the crash") == payload("after the crash", SMALL)
+    assert_sound(pool)
+
+
+def count_writes(name: str, policy: EvictionPolicy, record: int = 0) -> int:
+    fill, operation, _ = OPERATIONS[name]
+    with make_pool(64, eviction_policy=policy.value, record=record) as pool:
+        fill(pool)
+        fuse = Fuse()
+        with fused(pool, fuse):
+            operation(pool)
+    return fuse.count
+
+
+class TestCrashes:
+    """SIGKILL and Ctrl-C at every single write to shared memory."""
+
+    @pytest.mark.parametrize(
+        ("name", "policy"),
+        [
+            *((name, EvictionPolicy.LRU) for name in OPERATIONS),
+            *((name, EvictionPolicy.LFU) for name in OPERATIONS if name not in ("defragment", "put that moves")),
+            *(
+                (name, EvictionPolicy.ADAPTIVE)
+                for name in ("put", "get", "overwrite in place", "overwrite large in place", "evict", "touch", "clear")
+            ),
+            ("put that evicts and moves", EvictionPolicy.ADAPTIVE),
+        ],
+    )
+    def test_killed_at_every_write(self, name: str, policy: EvictionPolicy) -> None:
+        fill, operation, may_change = OPERATIONS[name]
+        record = 3 if policy is EvictionPolicy.ADAPTIVE else 0
+        for n in range(1, count_writes(name, policy, record) + 1):
+            with make_pool(64, eviction_policy=policy.value, record=record) as pool:
+                fill(pool)
+                before = contents(pool)
+
+                def work(pool: KVCachePool = pool, n: int = n) -> None:
+                    with fused(pool, Fuse(n, die)):
+                        operation(pool)
+
+                assert in_child(work) in (0, -signal.SIGKILL)
+                assert_consistent(pool, before, may_change, name)
+
+    @pytest.mark.parametrize("name", OPERATIONS)
+    def test_interrupted_at_every_write(self, name: str) -> None:
+        fill, operation, may_change = OPERATIONS[name]
+        for n in range(1, count_writes(name, EvictionPolicy.LRU) + 1):
+            with make_pool(64) as pool, KVCachePool.attach("pool") as other:
+                fill(pool)
+                before = contents(pool)
+                with fused(pool, Fuse(n, interrupt)), contextlib.suppress(KeyboardInterrupt):
+                    operation(pool)
+                if name != "delete while pinned":  # there the pin is the caller's to take back
+                    assert_sound(other)
+                pool.unpin("old")
+                assert_consistent(pool, before, may_change, name)
+
+    @pytest.mark.parametrize("name", ["defragment", "overwrite"])
+    def test_killed_at_every_write_of_the_repair(self, name: str) -> None:
+        fill, operation, may_change = OPERATIONS[name]
+        middle = count_writes(name, EvictionPolicy.LRU) // 2
+        n = 0
+        finished = False
+        while not finished:
+            n += 1
+            with make_pool(64) as pool:
+                fill(pool)
+                before = contents(pool)
+
+                def work(pool: KVCachePool = pool) -> None:
+                    with fused(pool, Fuse(middle, die)):
+                        operation(pool)
+
+                def repair(pool: KVCachePool = pool, n: int = n) -> None:
+                    with fused(pool, Fuse(n, die), join=False):
+                        pool.check()
+
+                assert in_child(work) == -signal.SIGKILL
+                finished = in_child(repair) == 0
+                assert_consistent(pool, before, may_change, name)
+        assert n > 20
+
+    def test_random_kills_under_load(self) -> None:
+        """Four processes, killed again and again while they put, get, view, delete and evict, in a crowded pool."""
+        with make_pool(256, max_entries=64) as pool:
+            deadline = time.monotonic() + 5
+            randomness = random.Random(1)
+            workers: list[multiprocessing.Process] = []
+            kills = 0
+            context = multiprocessing.get_context("fork")
+            try:
+                while time.monotonic() < deadline:
+                    while len(workers) < 4:
+                        worker = context.Process(target=hammer, args=("pool", randomness.random()))
+                        worker.start()
+                        workers.append(worker)
+                    time.sleep(randomness.random() * 0.03)
+                    victim = workers.pop(randomness.randrange(4))
+                    os.kill(victim.pid, signal.SIGKILL)
+                    victim.join()
+                    kills += 1
+                    if not kills % 5:
+                        assert pool.check() == []
+            finally:
+                for worker in workers:
+                    worker.kill()
+                    worker.join()
+            assert kills > 20
+            assert_sound(pool)
+            for key in list(pool):
+                value = pool.get(key)
+                assert value == payload(key, len(value)), f"{key} is torn"
+
+    @pytest.mark.parametrize("what", ["hammer_once", "use_prefixes_once"])
+    def test_real_interrupts_at_any_bytecode(self, what: str) -> None:
+        """A timer raises KeyboardInterrupt wherever the interpreter checks for signals.
+
+        In a process without coverage measurement, whose own locks would not survive it.
+        """
+        pytest.importorskip("numpy")
+        environment = without_coverage()
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(MODULE).parent), str(Path(__file__).parent)])
+        code = f"import {Path(__file__).stem} as tests; tests.interrupt_storm(tests.{what})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False
+        )
+        assert (done.returncode, done.stderr.decode()) == (0, "")
+
+
+def interrupt_storm(work: Callable[[KVCachePool, random.Random], None]) -> None:
+    """Thousands of interrupts, after each of which others must get the lock."""
+    sys.unraisablehook = lambda *_: None  # an interrupt in the callback of a weak reference is lost, with a message
+    with make_pool(256, max_entries=64) as pool, KVCachePool.attach("pool") as other:
+        randomness = random.Random(2)
+        signal.signal(signal.SIGALRM, lambda *_: interrupt())
+        interrupts = 0
+        work(pool, randomness)  # imports what it needs
+        for _ in range(4000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 + randomness.random() * 3e-4)
+                work(pool, randomness)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupts += 1
+            with contextlib.suppress(KeyboardInterrupt):  # an alarm can come late, after it has been called off
+                len(other)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        assert interrupts > 100
+        assert_sound(pool)
+        for key in list(pool) if work is hammer_once else ():
+            value = pool.get(key)
+            assert value == payload(key, len(value)), f"{key} is torn"
+
+
+def use_prefixes_once(pool: KVCachePool, randomness: random.Random) -> None:
+    """Store, load or copy tensors; the KV of a token is its number."""
+    import numpy
+
+    cache = kv.PrefixCache(pool, namespace="m", block_size=4)
+    tokens = [randomness.randrange(3)] * 2 + list(range(randomness.choice([5, 30, 90])))
+    what = randomness.random()
+    if what < 0.3:
+        cache.store(tokens, numpy.tile(numpy.array(tokens, "f4")[:, None], (2, 2, 2, 1, 64)))
+    elif what < 0.6:
+        states, num_tokens = cache.load(tokens)
+        assert states is None or (states[..., 0] == numpy.array(tokens[:num_tokens])).all()
+    elif what < 0.8:
+        for key in cache.compute_block_hashes(tokens):
+            pool.get_tensor(key)
+    else:
+        for key in cache.compute_block_hashes(tokens):
+            with pool.view_tensor(key) as tensor:
+                if tensor is not None:
+                    tensor.sum()
+
+
+def hammer_once(pool: KVCachePool, randomness: random.Random) -> None:
+    """One random operation; every value is what `payload` says of its key."""
+    key = f"k{randomness.randrange(80)}"
+    size = randomness.choice([0, 1, 100, BLOCK_SIZE, 3 * BLOCK_SIZE, 70_000, 200_000])
+    what = randomness.random()
+    if what < 0.4:
+        pool.put(key, payload(key, size))
+    elif what < 0.6:
+        value = pool.get(key)
+        assert value is None or value == payload(key, len(value))
+    elif what < 0.75:
+        with pool.view(key) as view:
+            assert view is None or view == payload(key, len(view))
+    elif what < 0.85:
+        with pool.reserve(key, size) as view:
+            if view is not None:
+                view[:] = payload(key, size)
+    elif what < 0.9:
+        pool.evict(10)
+    elif what < 0.95:
+        pool.delete(key)
+    else:
+        pool.defragment()
+
+
+def hammer(name: str, seed: float) -> None:
+    """Work on a pool until killed."""
+    randomness = random.Random(seed)
+    with KVCachePool.attach(name) as pool:
+        while True:
+            hammer_once(pool, randomness)
+
+
+# ======================================================================================================================
+# Snapshot
+# ======================================================================================================================
 
 
 def write_safetensors(path: Path, header: Any, body: bytes = b"") -> None:
@@ -1908,560 +2459,8 @@ class TestSnapshot:
 
 
 # ======================================================================================================================
-# Crashes
-# ======================================================================================================================
-
-
-# --- crash machinery ----------------------------------------------------------------------------------------------
-
-
-class Fuse:
-    """Counts writes to shared memory, and at a chosen one does `action` instead of going on."""
-
-    def __init__(self, blow_at: int = 0, action: Callable[[], None] = lambda: None) -> None:
-        self.count = 0
-        self.reads = 0
-        self.blow_at = blow_at
-        self.action = action
-
-    def burn(self) -> bool:
-        self.count += 1
-        return self.count == self.blow_at
-
-
-class FusedMemory:
-    """Stands for a memoryview or mmap of a pool: every write burns the fuse, and happens by halves when it blows."""
-
-    def __init__(self, target: Any, fuse: Fuse) -> None:
-        self._target = target
-        self._fuse = fuse
-
-    def __getitem__(self, index: Any) -> Any:
-        self._fuse.reads += 1
-        return self._target[index]
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        if self._fuse.burn():
-            if isinstance(index, slice):  # a copy may be cut anywhere; a word is written whole or not at all
-                start, _, step = index.indices(len(self._target))
-                half = len(value) // 2
-                whole = value if isinstance(value, memoryview) else bytes(value)
-                self._target[start : start + half * step : step] = whole[:half]
-            self._fuse.action()
-        self._target[index] = value
-
-    def move(self, target: int, source: int, count: int) -> None:
-        if self._fuse.burn():
-            self._target.move(target, source, count // 2)
-            self._fuse.action()
-        self._target.move(target, source, count)
-
-
-@contextlib.contextmanager
-def fused(pool: KVCachePool, fuse: Fuse, join: bool = True) -> Iterator[None]:
-    """Every write of `pool` goes through the fuse: state words, index, bitmap and data."""
-    if join:
-        pool._join()
-    index = index_of(pool)
-    memories = (bytes, bytearray, memoryview, mmap.mmap)
-    places = [
-        (owner, name)
-        for owner in (
-            pool,
-            pool._segment,
-            index,
-            index.table,
-            index.pins,
-            index.uses,
-            index.blocks,
-            index.order,
-        )
-        for name, value in vars(owner).items()
-        if isinstance(value, memories) and len(value) and name not in ("buffer", "read_only", "ghosts")
-    ]
-    originals = [getattr(owner, name) for owner, name in places]
-    for (owner, name), original in zip(places, originals, strict=True):
-        setattr(owner, name, FusedMemory(original, fuse))
-    try:
-        yield
-    finally:
-        for (owner, name), original in zip(places, originals, strict=True):
-            setattr(owner, name, original)
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run `work` in a forked child; the exit status, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(fork_child(work), 0)[1])
-
-
-def fork_child(work: Callable[[], None]) -> int:
-    """Run `work` in a forked child, which then ends; the pid."""
-    pid = os.fork()
-    if not pid:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-    return pid
-
-
-def assert_sound(pool: KVCachePool) -> None:
-    """What must hold at any quiet moment."""
-    assert pool.check() == []
-    stats = pool.get_stats()
-    in_use = sum(max(1, math.ceil(entry.size / stats["block_size"])) for entry in pool.entries.values())
-    assert stats["allocated_blocks"] == in_use, "blocks leaked"
-    assert stats["pinned_entries"] == 0, "pins leaked"
-    assert stats["entry_count"] == len(list(pool))
-
-
-LARGE = 20 * BLOCK_SIZE  # copied outside the lock
-SMALL = 2 * BLOCK_SIZE
-
-
-def fill_fragmented(pool: KVCachePool) -> None:
-    """64 blocks: 30 entries of 2 blocks, every other deleted, so that 20 blocks never lie together."""
-    for i in range(32):
-        pool.put(f"k{i:02}", payload(f"k{i:02}", SMALL), priority=i % 3, prefix_hash=f"p{i % 2}")
-    for i in range(0, 32, 2):
-        pool.delete(f"k{i:02}")
-    for i in (1, 3, 5):
-        pool.get(f"k{i:02}")
-
-
-def fill_roomy(pool: KVCachePool) -> None:
-    for key, size in (("old", LARGE), ("a", SMALL), ("b", 1), ("c", SMALL)):
-        pool.put(key, payload(key, size), prefix_hash="p")
-    pool.get("a")
-
-
-def view_and_use(pool: KVCachePool) -> None:
-    with pool.view("old") as view:
-        assert view is not None
-        bytes(view)
-
-
-def view_while_deleted(pool: KVCachePool) -> None:
-    with pool.view("old") as view:
-        pool.delete("old")
-        assert view is not None
-        bytes(view)
-
-
-def reserve_and_fill(pool: KVCachePool) -> None:
-    with pool.reserve("new", LARGE) as view:
-        assert view is not None
-        view[:] = payload("new", LARGE)
-
-
-def delete_while_pinned(pool: KVCachePool) -> None:
-    pool.pin("old")
-    pool.delete("old")
-    pool.unpin("old")
-
-
-def put_a_path(pool: KVCachePool) -> None:
-    pool.put_path(["a", "p1", "p2", "p3"], [payload(key, SMALL) for key in ("a", "new", "new", "new")], prefix_hash="p")
-
-
-def read_a_path(pool: KVCachePool) -> None:
-    with pool.view_path(["old", "a", "b", "missing"]) as views:
-        assert [len(view) for view in views] == [LARGE, SMALL, 1]
-
-
-# name -> (fill, operation, keys that may come, change or go)
-OPERATIONS: dict[str, tuple[Callable[[KVCachePool], None], Callable[[KVCachePool], Any], set[str]]] = {
-    "put": (fill_roomy, lambda pool: pool.put("new", payload("new", SMALL), prefix_hash="p"), {"new"}),
-    "put large": (fill_roomy, lambda pool: pool.put("new", payload("new", LARGE)), {"new"}),
-    "overwrite": (fill_roomy, lambda pool: pool.put("old", payload("new", SMALL)), {"old"}),
-    "overwrite in place": (fill_roomy, lambda pool: pool.put("a", payload("new", SMALL), prefix_hash="p"), {"a"}),
-    "overwrite large": (fill_roomy, lambda pool: pool.put("old", payload("new", LARGE)), {"old"}),
-    "overwrite large in place": (
-        fill_roomy,
-        lambda pool: pool.put("old", payload("new", LARGE), prefix_hash="p"),
-        {"old"},
-    ),
-    "get": (fill_roomy, lambda pool: pool.get("a"), set()),
-    "get large": (fill_roomy, lambda pool: pool.get("old"), set()),
-    "view": (fill_roomy, view_and_use, set()),
-    "view of what is deleted": (fill_roomy, view_while_deleted, {"old"}),
-    "reserve": (fill_roomy, reserve_and_fill, {"new"}),
-    "delete": (fill_roomy, lambda pool: pool.delete("a"), {"a"}),
-    "delete while pinned": (fill_roomy, delete_while_pinned, {"old"}),
-    "evict": (fill_fragmented, lambda pool: pool.evict(25), {"k01", "k03", "k05", "k07", "k09", "k11", "k13", "k15"}),
-    "touch": (fill_roomy, lambda pool: pool.touch(["old", "a", "b", "c"], ends_prompt=True), set()),
-    "put path": (fill_roomy, put_a_path, {"p1", "p2", "p3"}),
-    "view path": (fill_roomy, read_a_path, set()),
-    "get path into": (fill_roomy, lambda pool: pool.get_path_into(["a", "b"], [bytearray(SMALL), bytearray(1)]), set()),
-    "set policy": (fill_roomy, lambda pool: pool.set_eviction_policy("fifo"), set()),
-    "set policy adaptive": (fill_roomy, lambda pool: pool.set_eviction_policy("adaptive"), set()),
-    "clear": (fill_roomy, lambda pool: pool.clear(), {"old", "a", "b", "c"}),
-    "defragment": (fill_fragmented, lambda pool: pool.defragment(), set()),
-    "put that moves": (fill_fragmented, lambda pool: pool.put("new", payload("new", LARGE)), {"new"}),
-    "put that evicts and moves": (
-        fill_fragmented,
-        lambda pool: pool.put("new", payload("new", 40 * BLOCK_SIZE)),
-        {"new", *(f"k{i:02}" for i in range(1, 32, 2))},
-    ),
-}
-
-
-def assert_consistent(pool: KVCachePool, before: dict[str, bytes], may_change: set[str], operation: str) -> None:
-    """After a crash: all is there but for what the operation was about, which is old or new, never torn."""
-    assert_sound(pool)
-    after = contents(pool)
-    for key in before.keys() | after.keys():
-        if key not in may_change:
-            assert after.get(key) == before.get(key), f"{key} was lost or changed by a crash in {operation}"
-        elif key in after:
-            new = payload("new", len(after[key]))
-            assert after[key] in (before.get(key), new), f"{key} is torn after a crash in {operation}"
-        elif operation.startswith("overwrite"):
-            pytest.fail(f"{key} is neither old nor new")
-    assert pool.put("after the crash", payload("after the crash", SMALL))
-    assert pool.get("after the crash") == payload("after the crash", SMALL)
-    assert_sound(pool)
-
-
-def count_writes(name: str, policy: EvictionPolicy, record: int = 0) -> int:
-    fill, operation, _ = OPERATIONS[name]
-    with make_pool(64, eviction_policy=policy.value, record=record) as pool:
-        fill(pool)
-        fuse = Fuse()
-        with fused(pool, fuse):
-            operation(pool)
-    return fuse.count
-
-
-class TestCrashes:
-    """SIGKILL and Ctrl-C at every single write to shared memory."""
-
-    @pytest.mark.parametrize(
-        ("name", "policy"),
-        [
-            *((name, EvictionPolicy.LRU) for name in OPERATIONS),
-            *((name, EvictionPolicy.LFU) for name in OPERATIONS if name not in ("defragment", "put that moves")),
-            *(
-                (name, EvictionPolicy.ADAPTIVE)
-                for name in ("put", "get", "overwrite in place", "overwrite large in place", "evict", "touch", "clear")
-            ),
-            ("put that evicts and moves", EvictionPolicy.ADAPTIVE),
-        ],
-    )
-    def test_killed_at_every_write(self, name: str, policy: EvictionPolicy) -> None:
-        fill, operation, may_change = OPERATIONS[name]
-        record = 3 if policy is EvictionPolicy.ADAPTIVE else 0
-        for n in range(1, count_writes(name, policy, record) + 1):
-            with make_pool(64, eviction_policy=policy.value, record=record) as pool:
-                fill(pool)
-                before = contents(pool)
-
-                def work(pool: KVCachePool = pool, n: int = n) -> None:
-                    with fused(pool, Fuse(n, die)):
-                        operation(pool)
-
-                assert in_child(work) in (0, -signal.SIGKILL)
-                assert_consistent(pool, before, may_change, name)
-
-    @pytest.mark.parametrize("name", OPERATIONS)
-    def test_interrupted_at_every_write(self, name: str) -> None:
-        fill, operation, may_change = OPERATIONS[name]
-        for n in range(1, count_writes(name, EvictionPolicy.LRU) + 1):
-            with make_pool(64) as pool, KVCachePool.attach("pool") as other:
-                fill(pool)
-                before = contents(pool)
-                with fused(pool, Fuse(n, interrupt)), contextlib.suppress(KeyboardInterrupt):
-                    operation(pool)
-                if name != "delete while pinned":  # there the pin is the caller's to take back
-                    assert_sound(other)
-                pool.unpin("old")
-                assert_consistent(pool, before, may_change, name)
-
-    @pytest.mark.parametrize("name", ["defragment", "overwrite"])
-    def test_killed_at_every_write_of_the_repair(self, name: str) -> None:
-        fill, operation, may_change = OPERATIONS[name]
-        middle = count_writes(name, EvictionPolicy.LRU) // 2
-        n = 0
-        finished = False
-        while not finished:
-            n += 1
-            with make_pool(64) as pool:
-                fill(pool)
-                before = contents(pool)
-
-                def work(pool: KVCachePool = pool) -> None:
-                    with fused(pool, Fuse(middle, die)):
-                        operation(pool)
-
-                def repair(pool: KVCachePool = pool, n: int = n) -> None:
-                    with fused(pool, Fuse(n, die), join=False):
-                        pool.check()
-
-                assert in_child(work) == -signal.SIGKILL
-                finished = in_child(repair) == 0
-                assert_consistent(pool, before, may_change, name)
-        assert n > 20
-
-    def test_random_kills_under_load(self) -> None:
-        """Four processes, killed again and again while they put, get, view, delete and evict, in a crowded pool."""
-        with make_pool(256, max_entries=64) as pool:
-            deadline = time.monotonic() + 5
-            randomness = random.Random(1)
-            workers: list[multiprocessing.Process] = []
-            kills = 0
-            context = multiprocessing.get_context("fork")
-            try:
-                while time.monotonic() < deadline:
-                    while len(workers) < 4:
-                        worker = context.Process(target=hammer, args=("pool", randomness.random()))
-                        worker.start()
-                        workers.append(worker)
-                    time.sleep(randomness.random() * 0.03)
-                    victim = workers.pop(randomness.randrange(4))
-                    os.kill(victim.pid, signal.SIGKILL)
-                    victim.join()
-                    kills += 1
-                    if not kills % 5:
-                        assert pool.check() == []
-            finally:
-                for worker in workers:
-                    worker.kill()
-                    worker.join()
-            assert kills > 20
-            assert_sound(pool)
-            for key in list(pool):
-                value = pool.get(key)
-                assert value == payload(key, len(value)), f"{key} is torn"
-
-    @pytest.mark.parametrize("what", ["hammer_once", "use_prefixes_once"])
-    def test_real_interrupts_at_any_bytecode(self, what: str) -> None:
-        """A timer raises KeyboardInterrupt wherever the interpreter checks for signals.
-
-        In a process without coverage measurement, whose own locks would not survive it.
-        """
-        pytest.importorskip("numpy")
-        environment = without_coverage()
-        environment["PYTHONPATH"] = os.pathsep.join([str(Path(MODULE).parent), str(Path(__file__).parent)])
-        code = f"import {Path(__file__).stem} as tests; tests.interrupt_storm(tests.{what})"
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False
-        )
-        assert (done.returncode, done.stderr.decode()) == (0, "")
-
-
-def without_coverage() -> dict[str, str]:
-    """The environment for a process that must not be measured, or would be for minutes."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-
-
-def interrupt_storm(work: Callable[[KVCachePool, random.Random], None]) -> None:
-    """Thousands of interrupts, after each of which others must get the lock."""
-    sys.unraisablehook = lambda *_: None  # an interrupt in the callback of a weak reference is lost, with a message
-    with make_pool(256, max_entries=64) as pool, KVCachePool.attach("pool") as other:
-        randomness = random.Random(2)
-        signal.signal(signal.SIGALRM, lambda *_: interrupt())
-        interrupts = 0
-        work(pool, randomness)  # imports what it needs
-        for _ in range(4000):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 1e-6 + randomness.random() * 3e-4)
-                work(pool, randomness)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except KeyboardInterrupt:
-                interrupts += 1
-            with contextlib.suppress(KeyboardInterrupt):  # an alarm can come late, after it has been called off
-                len(other)
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        assert interrupts > 100
-        assert_sound(pool)
-        for key in list(pool) if work is hammer_once else ():
-            value = pool.get(key)
-            assert value == payload(key, len(value)), f"{key} is torn"
-
-
-def use_prefixes_once(pool: KVCachePool, randomness: random.Random) -> None:
-    """Store, load or copy tensors; the KV of a token is its number."""
-    import numpy
-
-    cache = kv.PrefixCache(pool, namespace="m", block_size=4)
-    tokens = [randomness.randrange(3)] * 2 + list(range(randomness.choice([5, 30, 90])))
-    what = randomness.random()
-    if what < 0.3:
-        cache.store(tokens, numpy.tile(numpy.array(tokens, "f4")[:, None], (2, 2, 2, 1, 64)))
-    elif what < 0.6:
-        states, num_tokens = cache.load(tokens)
-        assert states is None or (states[..., 0] == numpy.array(tokens[:num_tokens])).all()
-    elif what < 0.8:
-        for key in cache.compute_block_hashes(tokens):
-            pool.get_tensor(key)
-    else:
-        for key in cache.compute_block_hashes(tokens):
-            with pool.view_tensor(key) as tensor:
-                if tensor is not None:
-                    tensor.sum()
-
-
-def hammer_once(pool: KVCachePool, randomness: random.Random) -> None:
-    """One random operation; every value is what `payload` says of its key."""
-    key = f"k{randomness.randrange(80)}"
-    size = randomness.choice([0, 1, 100, BLOCK_SIZE, 3 * BLOCK_SIZE, 70_000, 200_000])
-    what = randomness.random()
-    if what < 0.4:
-        pool.put(key, payload(key, size))
-    elif what < 0.6:
-        value = pool.get(key)
-        assert value is None or value == payload(key, len(value))
-    elif what < 0.75:
-        with pool.view(key) as view:
-            assert view is None or view == payload(key, len(view))
-    elif what < 0.85:
-        with pool.reserve(key, size) as view:
-            if view is not None:
-                view[:] = payload(key, size)
-    elif what < 0.9:
-        pool.evict(10)
-    elif what < 0.95:
-        pool.delete(key)
-    else:
-        pool.defragment()
-
-
-def hammer(name: str, seed: float) -> None:
-    """Work on a pool until killed."""
-    randomness = random.Random(seed)
-    with KVCachePool.attach(name) as pool:
-        while True:
-            hammer_once(pool, randomness)
-
-
-# ======================================================================================================================
 # Pool
 # ======================================================================================================================
-
-
-# --- pool -----------------------------------------------------------------------------------------------------------
-
-
-def make_index(blocks: int = 16, policy: str = "lru", dead: set[int] | None = None, **changes: Any) -> kv.Index:
-    """An index over private memory, without processes; sessions in `dead` have died."""
-    geometry = kv.Geometry.of(make_config(blocks=blocks, eviction_policy=policy, **changes))
-    memory = kv.Memory(mmap.mmap(-1, geometry.bytes_with_ghosts))
-    gone = set() if dead is None else dead
-    ghosts = memory.buffer[geometry.ghosts_offset :] if policy == "adaptive" else None
-    index = kv.Index(memory, geometry, EvictionPolicy(policy), ghosts, lambda session: session not in gone)
-    index.rebuild()
-    enter_session(index, 0)
-    return index
-
-
-def enter_session(index: kv.Index, session: int) -> None:
-    index.pins.enter(session, 1000 + session)
-    index.act_for(session)
-
-
-def put_into(index: kv.Index, key: str, size: int) -> bool:
-    return index.put(key.encode(), payload(key, size), size, kv.NO_META, False)
-
-
-class TestIndex:
-    """What is done under the lock, over private memory: no segment, no lock, no other process."""
-
-    @pytest.mark.parametrize("policy", [policy.value for policy in EvictionPolicy])
-    def test_it_stores_finds_and_evicts(self, policy: str) -> None:
-        index = make_index(8, policy)
-        assert all(put_into(index, f"k{i}", SMALL) for i in range(6))
-        found = [i for i in range(6) if index.get(f"k{i}".encode(), 0) == payload(f"k{i}", SMALL)]
-        assert found == [2, 3, 4, 5]
-        assert index.stats()["evictions"] == 2
-        assert index.check(False) == []
-
-    def test_what_dead_sessions_hold_is_freed(self) -> None:
-        dead: set[int] = set()
-        index = make_index(8, dead=dead)
-        put_into(index, "pinned", SMALL)
-        put_into(index, "named", SMALL)
-        enter_session(index, 5)
-        assert index.pin(b"pinned", 1)
-        assert index.hold(b"named", 2, False)
-        assert index.reserve(b"new", SMALL, kv.NO_META, 3)
-        enter_session(index, 0)
-        assert not put_into(index, "large", 7 * BLOCK_SIZE)
-        assert index.count_pinned(index.table.used()) == 2
-        dead.add(5)
-        assert put_into(index, "large", 7 * BLOCK_SIZE)
-        assert index.pins.sessions() == {0: 1000}
-        assert index.check(False) == []
-
-    def test_a_cut_off_call_holds_nothing(self) -> None:
-        index = make_index(8)
-        put_into(index, "key", SMALL)
-        index.pin(b"key", 1)
-        index.pin(b"key", 2)
-        index.reserve(b"new", SMALL, kv.NO_META, 3)
-        index.settle_own([2, 3, 4])
-        assert (index.pins.held, index.pins.counts, index.pins.writing) == ({1: (1,)}, {1: 1}, set())
-        assert index.table.slots(kv.WRITING) == []
-        assert index.pins.is_pinned(1)
-        index.settle_own([1])
-        assert not index.pins.is_pinned(1)
-        assert index.check(False) == []
-
-    def test_a_rebuild_finds_all_again(self) -> None:
-        index = make_index(32)
-        for i in range(12):
-            put_into(index, f"k{i}", SMALL)
-        order = list(index.order.victims_locked())
-        first, last = index.geometry.heads_offset, index.geometry.records_offset
-        numbers = {slot: index.order.numbers_locked(slot) for slot in order}
-        index.memory[first : first + 8 * index.geometry.num_slots] = bytes(8 * index.geometry.num_slots)
-        index.memory[HEADER_SIZE : HEADER_SIZE + 8] = bytes(8)
-        assert index.check(False)
-        assert index.check(True)
-        assert index.check(False) == []
-        assert list(index.order.victims_locked()) == order
-        assert {slot: index.order.numbers_locked(slot) for slot in order} == numbers
-        assert last > first
-        assert index.get(b"k3", 0) == payload("k3", SMALL)
-
-    def test_an_error_inside_a_change_leaves_it_dirty(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        index = make_index()
-        put_into(index, "old", SMALL)
-        monkeypatch.setattr(index.order, "link_locked", lambda slot: interrupt())
-        with pytest.raises(KeyboardInterrupt):
-            put_into(index, "new", SMALL)
-        monkeypatch.undo()
-        assert index.words[kv.DIRTY] == 1
-        index.begin_anew()
-        index.repair()
-        assert index.words[kv.DIRTY] == 0
-        assert index.get(b"old", 0) == payload("old", SMALL)
-        assert index.check(False) == []
-
-    def test_two_sessions_that_commit_one_path_keep_one_copy(self) -> None:
-        index = make_index(16)
-        keys, sizes, metas = [b"a", b"b"], [SMALL, SMALL], [kv.NO_META] * 2
-        first = index.reserve_path(keys, sizes, metas, 1)
-        enter_session(index, 1)
-        second = index.reserve_path(keys, sizes, metas, 11)
-        assert None not in first + second
-        index.commit_path([11, 12], {11: 0, 12: 0}, (), kv.NO_LEAST)
-        kept = [index.table.place(index.table.find(key)) for key in keys]
-        index.commit_path([1, 2], {1: 0, 2: 0}, (), kv.NO_LEAST)
-        assert [index.table.place(index.table.find(key)) for key in keys] == kept == second
-        assert index.stats()["allocated_blocks"] == 4
-        assert index.check(False) == []
 
 
 class TestPool:
