@@ -3795,6 +3795,14 @@ class Index(Space):
         table.set_all_accessed(dict.fromkeys(queued, time.time()))  # of one time, as a path that is read
         return least
 
+    def abandon(self, tokens: Iterable[int]) -> None:
+        """Free what these tokens write, and end what they pin."""
+        for token in tokens:
+            if token in self.pins.writing:
+                self._withdraw(token)
+            else:
+                self.unpin(token)
+
     def _withdraw(self, token: int) -> None:
         """Free a place that a token writes."""
         self.pins.writing.discard(token)
@@ -3966,13 +3974,14 @@ class Index(Space):
     def settle_own(self, tokens: Collection[int]) -> None:
         """Hold nothing by these tokens, whose calls were cut off, and let our pins and writes agree with the rest.
 
-        That takes a pass over all records, 0.03 us a slot, only where a slot is not known: after an interrupt inside a
-        call, and not after an error in a block that reads or writes a value.
+        That takes a pass over all records, 0.03 us a slot, only where there are many slots, or one is not known: after
+        an interrupt inside a call, and not after an error in a block that reads or writes a value.
         """
         pins = self.pins
         slots = pins.forget(tokens)
         held: dict[int, tuple[Container[int], Container[int]]] = {pins.session: (pins.counts, pins.written())}
-        for among in (self.table.used(),) if 0 in slots else (range(slot, slot + 1) for slot in slots):
+        is_everywhere = 0 in slots or len(slots) > KEYS_A_LOOK
+        for among in (self.table.used(),) if is_everywhere else (range(slot, slot + 1) for slot in slots):
             self.settle(held, among)
 
     def settle_dead_again(self, dead: Mapping[int, int], among: range, is_last: bool = False) -> None:
@@ -5070,6 +5079,13 @@ class _Handle:
             time.sleep(STEP_PAUSE)
         self._locked(Index.forget_waiter)
 
+    def _each_part(self, parts: Iterable[_R]) -> Iterator[_R]:
+        """Return the parts of a path, and let a process that waits for the lock have it between two of them."""
+        for number, part in enumerate(parts):
+            if number and self._word(WAITED_FOR):
+                self._give_way()
+            yield part
+
     def _sweep(self, work: Callable[[Index, int], _R]) -> list[_R]:
         """Return what `work` returns for the slot of each entry, under the lock, which others get in between.
 
@@ -5642,7 +5658,10 @@ class PathViews(list["memoryview"]):
     @functools.cached_property
     def entries(self) -> list[CacheEntry]:
         """What the pool knows about each value; to be asked for inside the block."""
-        return [*map(self._pool._decode, self._pool._locked(Index.describe_held, *self._tokens))][: len(self)]
+        pool, copies = self._pool, []
+        for token in pool._each_part(self._tokens):
+            copies += pool._locked(Index.describe_held, token)
+        return [pool._decode(copy) for copy in copies[: len(self)]]
 
 
 class _PathReader(contextlib.AbstractContextManager[PathViews]):
@@ -5682,19 +5701,23 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
         """Pin a path of several parts, root first, then count its uses, the deepest part first."""
         pool, keys = self._pool, self._keys
         places: list[tuple[int, int]] = []
-        for token, begin in zip(self._tokens, range(0, len(uses), ENTRIES_A_STEP), strict=False):
+        begins = pool._each_part(range(0, len(uses), ENTRIES_A_STEP))
+        for token, begin in zip(self._tokens, begins, strict=False):
             some = slice(begin, begin + ENTRIES_A_STEP)
             places += pool._locked(Index.hold_path, uses[some], keys[some], token)
             if len(places) < min(some.stop, len(uses)):  # it has become shorter meanwhile
                 break
         least = NO_LEAST
-        for some_uses, some_keys in _parts_from_the_end(uses[: len(places)], keys[: len(places) + 1]):
+        parts = _parts_from_the_end(uses[: len(places)], keys[: len(places) + 1])
+        for some_uses, some_keys in pool._each_part(parts):
             least = pool._locked(Index.use_path, some_uses, some_keys, some_keys[0] is keys[0], least)
         return places
 
     def _drop_damaged(self) -> None:
         """Delete the first entry that does not match its checksum; it ends the path."""
-        copies = self._pool._locked(Index.describe_held, *self._tokens)
+        copies = []
+        for token in self._pool._each_part(self._tokens):
+            copies += self._pool._locked(Index.describe_held, token)
         for number, (view, copy) in enumerate(zip(self._views, copies, strict=True)):
             checksum = copied_checksum(copy)
             if checksum and zlib.crc32(view) != checksum:
@@ -5708,8 +5731,9 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
             if not _own_process[0]:
                 _adopt_pools()
             if _take_back(self._views, owner):
-                if any(token in pool._held for token in tokens):  # else this is a forked child: they are its parent's
-                    pool._locked(Index.unpin, *tokens, after_close=True)
+                for token in pool._each_part(tokens):  # a lock each
+                    if token in pool._held:  # else there was no such part, or it is a forked child's parent's
+                        pool._locked(Index.unpin, token, after_close=True)
                 pool._view_refs.pop(tokens[0], None)
             else:
                 pool._outlast(tokens, owner)
@@ -5747,6 +5771,8 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
         places = self._places
         try:
             while (begin := len(places)) < len(keys):
+                if begin and pool._word(WAITED_FOR):
+                    pool._give_way()
                 some = slice(begin, begin + KEYS_A_LOOK)
                 work = functools.partial(
                     pool._locked, Index.reserve_path, keys[some], sizes[some], metas[some], first + begin
@@ -5788,7 +5814,8 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
                 if error_type is None:
                     self._commit(dict(zip(written, sums, strict=True)), () if is_unused else frozenset(written))
                 else:
-                    self._abandon(len(self._places))
+                    for some in pool._each_part(_parts(range(first, first + len(self._places)), KEYS_A_LOOK)):
+                        pool._locked(Index.abandon, some, after_close=True)
             if is_unused:
                 pool._view_refs.pop(first, None)
             else:
@@ -5802,7 +5829,7 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
     def _commit(self, checksums: dict[int, int], kept: Container[int]) -> None:
         """Make what was written entries, token -> CRC-32, and end all pins but those `kept`."""
         tokens, least = range(self._token, self._token + len(self._places)), NO_LEAST
-        for some in reversed(list(_parts(tokens, KEYS_A_LOOK))):
+        for some in self._pool._each_part(reversed(list(_parts(tokens, KEYS_A_LOOK)))):
             least = self._pool._locked(Index.commit_path, some, checksums, kept, least, after_close=True)
 
 
@@ -5890,7 +5917,7 @@ class _Paths(_Handle):
         self._check_open()
         uses, least = self._find_path(encoded), NO_LEAST
         ends_prompt = ends_prompt and len(uses) == len(encoded)
-        for some in _parts_from_the_end(uses, encoded):
+        for some in self._each_part(_parts_from_the_end(uses, encoded)):
             least = self._locked(Index.touch, *some, True, ends_prompt, least)
             ends_prompt = False  # for those above it
         return len(uses)
@@ -5928,7 +5955,7 @@ class _Paths(_Handle):
                     break
                 uses.append(use)
         least = NO_LEAST
-        for some_uses, some_keys in _parts_from_the_end(uses, encoded[: len(uses) + 1]):
+        for some_uses, some_keys in self._each_part(_parts_from_the_end(uses, encoded[: len(uses) + 1])):
             least = self._locked(Index.use_path, some_uses, some_keys, some_keys[0] is encoded[0], least)
         return len(uses)
 
