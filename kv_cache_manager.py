@@ -528,8 +528,16 @@ def check_int(what: str, value: int, low: int, high: int = I64_MAX) -> int:
 
 def check_seconds(what: str, value: float) -> None:
     """InvalidArgumentError unless this is a number of seconds from 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise InvalidArgumentError(f"{what} {_show(value)} must be a number of seconds from 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1e9:
+        raise InvalidArgumentError(f"{what} {_show(value)} must be a number of seconds from 0 to 1e9")
+
+
+def check_list(what: str, values: Any, length: int) -> None:
+    """InvalidArgumentError unless this is a sequence of that length: one item for each key of a path."""
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__len__") or not hasattr(values, "__getitem__"):
+        raise InvalidArgumentError(f"{what} {_show(values)} must be a list, with an item for each of {length} keys")
+    if len(values) != length:
+        raise InvalidArgumentError(f"{length} keys need as many {what}, not {len(values)}")
 
 
 def check_path(path: str | os.PathLike[str], what: str = "path") -> str:
@@ -2773,6 +2781,10 @@ class EntryTable:
         tail = 8 * (word + W_SEQUENCE_LENGTH)
         return bool(self.words[word + W_SIZE] == size and self.memory[tail : tail + len(told)] == told)
 
+    def is_like(self, slot: int, size: int, tensor: bytes) -> bool:
+        """Return True if a value has this size and tensor description."""
+        return self.place(slot)[1] == size and self.texts(slot)[2] == tensor
+
     @staticmethod
     def tell(key: bytes, meta: EntryMeta) -> bytes:
         """Return what the record of such an entry tells from the sequence length on: nothing of the value itself."""
@@ -3334,25 +3346,28 @@ class Space:
 
     # --- room ---------------------------------------------------------------------------------------------------------
 
-    def is_full(self, old: int = 0) -> bool:
-        """Return True if a value needs the place of another entry; not one that replaces `old`, if a slot is free."""
+    def is_full(self, old: int = 0, num_more: int = 0) -> bool:
+        """Return True if a value needs the place of another entry; not one that replaces `old`, if a slot is free.
+
+        `num_more` entries are to come that have their slots already, of the same path.
+        """
         words = self.words
         no_slot = not words[FREE_SLOT] and words[TOP_SLOT] == self.table.num_slots
-        return no_slot or (not old and words[NUM_ENTRIES] >= self.geometry.max_entries)
+        return no_slot or (not old and words[NUM_ENTRIES] + num_more >= self.geometry.max_entries)
 
-    def _find_room(self, key: bytes, num_blocks: int) -> tuple[int, int] | None:
+    def _find_room(self, key: bytes, num_blocks: int, num_more: int = 0) -> tuple[int, int] | None:
         """Return (start of `num_blocks` free blocks, slot of the value under `key` or 0), and see that a slot is free.
 
         Evicts and moves what must go. None, and nothing has changed, if pins are in the way.
         """
         words = self.words
         old = self.table.find(key)
-        full = self.is_full(old)
+        full = self.is_full(old, num_more)
         start = None if full else self.blocks.find_locked(num_blocks)
         if start is None:
             if (words[UNREAD] or self.others_write()) and self.reclaim(only_signs=True):
-                return self._find_room(key, num_blocks)
-            start = self._make_room(num_blocks, full, old)
+                return self._find_room(key, num_blocks, num_more)
+            start = self._make_room(num_blocks, full, old, num_more)
             if start is None:
                 return None
             if old and self.table.state(old) != COMPLETE:
@@ -3363,7 +3378,7 @@ class Space:
         """Return True if there are values on their way in by others, or deleted ones that are still pinned."""
         return bool(self.words[NUM_BUSY] > len(self.pins.writing))
 
-    def _make_room(self, num_blocks: int, need_slot: bool, old: int) -> int | None:
+    def _make_room(self, num_blocks: int, need_slot: bool, old: int, num_more: int = 0) -> int | None:
         """Evict and move until `num_blocks` lie together; return where. None: pins are in the way, nothing changed.
 
         Victims go in policy order until enough is free and no further; `old`, the value about to be replaced, goes only
@@ -3377,7 +3392,7 @@ class Space:
         must_evict = need_slot or num_blocks > self.geometry.num_blocks - self.words[ALLOCATED]
         if victim and victim != old and must_evict and length >= num_blocks and self.evict((victim,)):
             return start  # as the plan would have it
-        need_slot = need_slot and self.is_full(old)
+        need_slot = need_slot and self.is_full(old, num_more)
         while True:
             plan = self._plan_room(num_blocks, need_slot, old)
             if plan is None and self.reclaim():
@@ -3391,7 +3406,7 @@ class Space:
             # A view that begins just now, without the lock, makes either of these fail: plan anew.
             if self.evict(victims) and all(self.move(slot, target) for slot, target in moves):
                 return self.blocks.find_locked(num_blocks)
-            need_slot = self.is_full(old)
+            need_slot = self.is_full(old, num_more)
 
     def _plan_room(self, num_blocks: int, need_slot: bool, old: int) -> Plan | None:
         in_use, _ = self.fixed(self.table.used())  # takes far less than the whole layout
@@ -3746,26 +3761,28 @@ class Index(Space):
             self._record(key, slots[number] if number < len(slots) else 0, is_first and not number)
 
     def reserve_path(
-        self, keys: Sequence[bytes], sizes: Sequence[int], metas: Sequence[EntryMeta], token: int
-    ) -> list[tuple[int, int] | None]:
-        """Return (offset, size) of a place for each value of a path, None where one of that size and kind is there.
+        self, keys: Sequence[bytes], sizes: Sequence[int], metas: Sequence[EntryMeta], token: int, num_more: int
+    ) -> tuple[list[tuple[int, int] | None], int]:
+        """Return ((offset, size) of a place for each value of a part of a path, None where it is there; `num_more`).
 
-        The first is known by `token`, the next by `token` + 1, and so on: it is written, or pinned. The list is shorter
-        where no more can be stored.
+        There means: with that size, dtype and shape. The first is known by `token`, the next by `token` + 1, and so on:
+        it is written, or pinned. The list is shorter where no more can be stored. `num_more`: how many entries of the
+        path are to come that were not there before.
         """
         table = self.table
         places: list[tuple[int, int] | None] = []
         for number, (key, size, meta) in enumerate(zip(keys, sizes, metas, strict=True), token):
             slot = table.find(key)
-            if slot and table.place(slot)[1] == size and table.texts(slot)[2] == meta.tensor:
+            if slot and table.is_like(slot, size, meta.tensor):
                 self.pins.hold(number, slot)
                 places.append(None)
                 continue
-            place = self.reserve(key, size, meta, number)
+            place = self.reserve(key, size, meta, number, num_more)
             if place is None:
                 break
             places.append(place)
-        return places
+            num_more += not table.find(key)
+        return places, num_more
 
     def commit_path(
         self, tokens: Sequence[int], checksums: Mapping[int, int], kept: Container[int], least: Least
@@ -3773,7 +3790,7 @@ class Index(Space):
         """Make what these tokens write entries, token -> CRC-32, and queue the path; end all pins but those `kept`.
 
         The deepest is done first, so others find no part of what is new before its head is there. Parts of a path go
-        the same way, with `least` as in `touch`. Where another process has stored a value of that size and kind
+        the same way, with `least` as in `touch`. Where another process has stored a value of that size, dtype and shape
         meanwhile, that one stays and ours goes.
         """
         table, pins, queued = self.table, self.pins, []
@@ -3783,7 +3800,8 @@ class Index(Space):
             if token in checksums:
                 key = table.key(slot)
                 old = table.find(key)
-                if not old or token in kept or not table.is_same(old, *table.told_by(slot)):
+                is_new = not old or not table.is_like(old, table.place(slot)[1], table.texts(slot)[2])
+                if is_new or token in kept:
                     least = self._commit(token, key, old, None, token in kept, checksums[token], least)
                     continue
                 self._withdraw(token)
@@ -3853,13 +3871,13 @@ class Index(Space):
         words[DIRTY] = self._unfinished = 0
         return True
 
-    def reserve(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
+    def reserve(self, key: bytes, size: int, meta: EntryMeta, token: int, num_more: int = 0) -> tuple[int, int] | None:
         """Return (offset, size) of a place for a value that `token` writes; None if it can't be stored.
 
-        Then nothing has changed.
+        Then nothing has changed. `num_more`: see `is_full`.
         """
         num_blocks = self.geometry.blocks_for(size)
-        room = self._find_room(key, num_blocks)
+        room = self._find_room(key, num_blocks, num_more)
         if room is None:
             return None
         table, words = self.table, self.words
@@ -4928,7 +4946,8 @@ class _Handle:
         _all_view_refs[id(self._view_refs)] = self._view_refs
         self._array_refs: dict[int, weakref.ref[memoryview]] = {}  # to what arrays show that outlive their views
         self._pins_by_key: dict[bytes, list[int]] = {}
-        self._claims: dict[int, int] = {}  # lock byte -> thread
+        self._claims: dict[int, weakref.ref[_Claimant]] = {}  # by lock byte
+        self._this_thread = threading.local()  # has its _Claimant
         # Tokens whose calls an error or interrupt has cut off, and references to views whose last user has gone; 0:
         # whatever else the next lock must put in order. An except block appends to it before all else: no second
         # interrupt gets in before that call of C code is over.
@@ -5643,6 +5662,19 @@ def _parts_from_the_end(uses: Sequence[int], keys: Sequence[bytes]) -> Iterator[
         yield uses[begin:end], keys[begin:end]
 
 
+class _Claimant:
+    """Stands for one thread with one handle, and goes with it."""
+
+
+def _claimant_gone(pool_ref: weakref.ref[_Handle], byte: int, ref: weakref.ref[_Claimant]) -> None:
+    """End a claim whose thread has ended."""
+    pool = pool_ref()
+    if pool is not None and pool._segment is not None and _own_process[0] and pool._claims.get(byte) is ref:
+        with contextlib.suppress(OSError):  # another thread has just closed the pool
+            _record_lock(pool._mapped.fd, fcntl.F_UNLCK, byte, fcntl.F_OFD_SETLK)
+        pool._claims.pop(byte, None)
+
+
 def _claim_byte(key: bytes) -> int:
     """Return the lock byte that a claim of a key takes."""
     return CLAIM_BYTE + (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 4)
@@ -5687,8 +5719,8 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
                 places += pool._locked(Index.open_path, uses, keys, first)
             else:
                 places += self._open_long(uses)
-            lent, self._owner = pool._lend(pool._mapped.read_only, places, tokens)
-            views += lent
+            self._lent, self._owner = pool._lend(pool._mapped.read_only, places, tokens)
+            views += self._lent  # a list of the caller's, who may change it
             if self._verify:
                 self._drop_damaged()
         except BaseException:
@@ -5730,7 +5762,7 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
             pool, tokens, owner = self._pool, self._tokens, self._owner
             if not _own_process[0]:
                 _adopt_pools()
-            if _take_back(self._views, owner):
+            if _take_back(self._lent, owner):
                 for token in pool._each_part(tokens):  # a lock each
                     if token in pool._held:  # else there was no such part, or it is a forked child's parent's
                         pool._locked(Index.unpin, token, after_close=True)
@@ -5768,16 +5800,21 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
         pool, keys, sizes, metas = self._pool, self._keys, self._sizes, self._metas
         self._token = first = next(pool._tokens)
         self._places: list[tuple[int, int] | None] = []
+        self._num_new = 0  # of the path that were not there before
         places = self._places
         try:
             while (begin := len(places)) < len(keys):
                 if begin and pool._word(WAITED_FOR):
                     pool._give_way()
                 some = slice(begin, begin + KEYS_A_LOOK)
-                work = functools.partial(
-                    pool._locked, Index.reserve_path, keys[some], sizes[some], metas[some], first + begin
-                )
-                found = pool._patiently(work, sizes[begin])
+
+                def reserve(some: slice = some, begin: int = begin) -> list[tuple[int, int] | None]:
+                    found, self._num_new = pool._locked(
+                        Index.reserve_path, keys[some], sizes[some], metas[some], first + begin, self._num_new
+                    )
+                    return found
+
+                found = pool._patiently(reserve, sizes[begin])
                 places += found
                 if not found:
                     break
@@ -5943,8 +5980,7 @@ class _Paths(_Handle):
         """
         encoded = encode_keys(keys)
         self._check_open()
-        if len(encoded) != len(targets):
-            raise InvalidArgumentError(f"{len(encoded)} keys and {len(targets)} targets must be as many")
+        check_list("targets", targets, len(encoded))
         views = [_writable_bytes(target) for target in targets]
         uses: list[int] = []
         while len(uses) < len(encoded):
@@ -6002,21 +6038,24 @@ class _Paths(_Handle):
     ) -> contextlib.AbstractContextManager[list[memoryview | None]]:
         """Context manager giving a writable memoryview for each value of a path, root first, which exist afterwards.
 
-        None stands where a value of that size, dtype and shape is there already. The list is shorter where no more can
-        be stored. All of it is pinned inside the block. On a clean exit the new values become entries, root first, and
-        the path is queued, the deepest first; on an error nothing is stored. A value that another process has stored
-        meanwhile stays. Keyword arguments as in `put`, with dtype, shape and framework; `each` has more of them, a dict
-        for each key. `zero=False` spares the zeroing: then write every byte, for what you leave shows old bytes of
-        other entries. `checksums` stores a CRC-32 with each new value, for `view_path(..., verify=True)`.
-        Takes the lock once for 64 keys at the start, and again at the end.
+        None stands where a value of that size, dtype and shape is there already; one that differs in them is replaced.
+        The list is shorter where no more can be stored. All of it is pinned inside the block. On a clean exit the new
+        values become entries, the deepest first, in the order of eviction too; on an error nothing is stored. A value
+        of that size, dtype and shape that another process has stored meanwhile stays. The keys must differ.
+
+        Keyword arguments as in `put`, with dtype, shape and framework; `each` has more of them, a dict for each key.
+        `zero=False` spares the zeroing: then write every byte, for what you leave shows old bytes of other entries.
+        `checksums` stores a CRC-32 with each new value, for `view_path(..., verify=True)`. Takes the lock once for 64
+        keys at the start, and again at the end.
         """
         encoded = encode_keys(keys)
         self._check_open()
-        for what, given in (("sizes", sizes), ("dicts in each", each)):
-            if given is not None and len(given) != len(encoded):
-                raise InvalidArgumentError(f"{len(encoded)} keys need as many {what}, not {len(given)}")
+        check_list("sizes", sizes, len(encoded))
+        if each is not None:
+            check_list("dicts in each", each, len(encoded))
         if len(set(encoded)) < len(encoded):
-            raise InvalidArgumentError(f"the keys of a path must differ: {len(encoded) - len(set(encoded))} do not")
+            twice = next(key for key, count in Counter(encoded).items() if count > 1)
+            raise InvalidArgumentError(f"key {twice.decode()!r} is there twice: the keys of a path must differ")
         sizes = [check_int("size", size, 0) for size in sizes]
         more = [{}] * len(encoded) if each is None else each
         if not all(isinstance(about, Mapping) for about in more):
@@ -6034,6 +6073,8 @@ class _Paths(_Handle):
 
         Arguments and the rest as for `reserve_path`; values are what `put` takes.
         """
+        check_keys(keys)
+        check_list("values", values, len(keys))
         data = [as_bytes(value) for value in values]
         sizes = [value.nbytes for value in data]
         with self.reserve_path(keys, sizes, each, **{**how, "zero": False}) as targets:
@@ -6045,8 +6086,10 @@ class _Paths(_Handle):
         """Be the one that computes the value of `key`, until `unclaim`; False if another one is, after `wait` seconds.
 
         Others that claim the key meanwhile wait, or get False: another process, another handle, or another thread with
-        this one. A claim holds back nobody who does not ask. It ends with `unclaim`, with the handle, and with the
-        process, killed or not. The key need not be there. Takes none of the pool's locks.
+        this one. To a thread that has the claim it is True again, and one `unclaim` ends it; so tasks that share a
+        thread must agree among themselves. A claim holds back nobody who does not ask. It ends with `unclaim`, by any
+        thread, and with its thread, the handle, or the process, killed or not. The key need not be there. Takes none of
+        the pool's locks.
         """
         encoded = encode_key(key)
         check_seconds("wait", wait)
@@ -6056,11 +6099,13 @@ class _Paths(_Handle):
                 _adopt_pools()
             with self._mutex:
                 self._check_open()
-                if byte in self._claims:
-                    if self._claims[byte] == threading.get_ident():
-                        return True
-                elif _try_lock_byte(self._mapped.fd, fcntl.F_WRLCK, byte):
-                    self._claims[byte] = threading.get_ident()
+                claimant = self._this_thread.__dict__.setdefault("claimant", _Claimant())
+                ref = self._claims.get(byte)
+                if ref is not None and ref() is claimant:
+                    return True
+                if ref is None and _try_lock_byte(self._mapped.fd, fcntl.F_WRLCK, byte):
+                    gone = functools.partial(_claimant_gone, weakref.ref(self), byte)
+                    self._claims[byte] = weakref.ref(claimant, gone)
                     return True
             left = until - time.monotonic()
             if left <= 0:
@@ -6281,7 +6326,7 @@ class KVCachePool(_Paths):
     def recorded_requests(self) -> tuple[list[list[int]], dict[int, int], float]:
         """Return (requests, blocks of each key, hit rate) of the last accesses, oldest first; keys are digests.
 
-        A request is one `get` or `view`, or the path of one `PrefixCache.load`, root first. A key that was never there
+        A request is one `get` or `view`, or one path that is read, root first. A key that was never there
         counts one block. Empty for a pool that was not made to record.
         """
         ring = self._locked(Index.recorded)
@@ -6659,9 +6704,10 @@ def as_bytes(data: Any) -> memoryview:
     try:
         view = memoryview(data)
     except (TypeError, ValueError, BufferError) as error:
-        raise InvalidArgumentError(
-            f"value of type {type(data).__name__} gives no buffer ({error}): pass bytes or an array of numbers"
-        ) from None
+        fix = "pass bytes or an array of numbers"
+        if hasattr(data, "untyped_storage"):
+            fix = "call put_tensor, or pass tensor.view(torch.uint8).numpy()"
+        raise InvalidArgumentError(f"value of type {type(data).__name__} gives no buffer ({error}): {fix}") from None
     if view.format not in _NUMBER_FORMATS and not _PLAIN_FORMAT.fullmatch(view.format):
         raise InvalidArgumentError(
             f"value of buffer format {_show(view.format)} holds Python objects or pointers, which mean nothing to "
@@ -7278,8 +7324,7 @@ class PrefixCache:
         Stops at the first that does not fit.
         """
         check_keys(hashes)
-        if len(hashes) != len(blocks):
-            raise InvalidArgumentError(f"{len(hashes)} hashes and {len(blocks)} blocks must be as many")
+        check_list("blocks", blocks, len(hashes))
         parts = [_block_parts(block) for block in blocks]
         kinds = [(data.nbytes, dtype, shape, framework) for framework, dtype, shape, data in parts]
 
@@ -7363,8 +7408,11 @@ class PrefixCache:
         if getattr(kv, "ndim", 0) != 5 or kv.shape[1] != 2:
             shape = tuple(getattr(kv, "shape", ()))
             raise InvalidArgumentError(
-                f"kv of shape {shape} must be a DynamicCache or of (layers, 2, heads, tokens, head size)"
+                f"kv is a {type(kv).__name__} of shape {shape}, it must be a DynamicCache, or an array of (layers, 2, "
+                "heads, tokens, head size)"
             )
+        if _is_batch(tokens):
+            raise InvalidArgumentError("tokens must be one row for an array: store several as a DynamicCache")
         framework, dtype, shape, _ = tensor_parts(kv[:, :, :, : self.block_size])
         hashes = self._hashes_to_store(tokens, block_extra, kv.shape[3], generated or self._model is None)
         step = self.block_size
@@ -7494,6 +7542,10 @@ class PrefixCache:
 
         `block_extra` is that of every prompt, or a function that is called with its tokens.
         """
+        if not isinstance(prompts, Iterable) or not callable(compute):
+            raise InvalidArgumentError(
+                f"prompts {_show(prompts)} must be an iterable of token lists, compute {_show(compute)} a function"
+            )
         computed = 0
         for tokens in prompts:
             extra = block_extra(tokens) if callable(block_extra) else block_extra

@@ -1473,9 +1473,9 @@ class TestIndex:
     def test_two_sessions_that_commit_one_path_keep_one_copy(self) -> None:
         index = make_index(16)
         keys, sizes, metas = [b"a", b"b"], [SMALL, SMALL], [kv.NO_META] * 2
-        first = index.reserve_path(keys, sizes, metas, 1)
+        first, _ = index.reserve_path(keys, sizes, metas, 1, 0)
         enter_session(index, 1)
-        second = index.reserve_path(keys, sizes, metas, 11)
+        second, _ = index.reserve_path(keys, sizes, metas, 11, 0)
         assert None not in first + second
         index.commit_path([11, 12], {11: 0, 12: 0}, (), kv.NO_LEAST)
         kept = [index.table.place(index.table.find(key)) for key in keys]
@@ -5154,7 +5154,7 @@ class TestPaths:
                     [bytearray(SMALL), bytearray(SMALL - 1)],
                     f"'block 1' has {SMALL} bytes, its target .* not {SMALL - 1}",
                 ),
-                ([bytearray(SMALL)], "2 keys and 1 targets"),
+                ([bytearray(SMALL)], "2 keys need as many targets, not 1"),
                 ([bytearray(SMALL), bytes(SMALL)], "can be written to"),
                 ([numpy.empty((SMALL, 2), "u1")[:, 0]] * 2, "C-contiguous"),
                 ([bytearray(SMALL), 5], "no buffer"),
@@ -5231,6 +5231,50 @@ class TestPaths:
             other.unpin("pinned")
             assert_sound(pool)
 
+    @pytest.mark.parametrize("max_entries", [1, 3, 6, 7])
+    def test_no_more_than_max_entries_are_promised(self, max_entries: int) -> None:
+        keys = [f"k{i:02}" for i in range(30)]
+        for pinned in (0, 1):
+            with make_pool(64, name=f"few-{pinned}", max_entries=max_entries) as pool:
+                pool.put("old", b"1")
+                if pinned:
+                    pool.pin("old")
+                count = pool.put_path(keys, [b"x"] * 30)
+                assert count == pool.count_path(keys) == max_entries - pinned
+                assert len(pool) == max_entries
+                cache = make_prefix_cache(pool)
+                hashes = cache.compute_block_hashes(range(120))
+                stored = cache.insert(hashes, [b"x"] * 30)
+                assert stored * 4 == cache.match(range(120))
+                pool.unpin("old")
+                assert_sound(pool)
+
+    def test_no_more_goes_than_must_for_max_entries(self) -> None:
+        with make_pool(64, max_entries=4) as pool:
+            self.fill(pool, 3)
+            with pool.reserve_path([self.KEYS[0], "new"], [1, 1]) as views:  # the first is replaced
+                assert len(views) == 2
+            assert (len(pool), pool.get_stats()["evictions"]) == (4, 0)
+
+    def test_what_another_process_has_stored_meanwhile(self) -> None:
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            with pool.reserve_path(["same", "longer"], [4, 4], priority=1) as views:
+                for view in views:
+                    view[:] = b"ours"
+                other.put("same", b"them", priority=3)
+                other.put("longer", b"their")
+            assert (pool.get("same"), pool.peek("same").priority) == (b"them", 3)
+            assert pool.get("longer") == b"ours"
+            assert_sound(pool)
+
+    def test_a_list_of_views_may_be_changed(self) -> None:
+        with make_pool() as pool:
+            keys = self.fill(pool, 3)
+            with pool.view_path(keys) as views:
+                views[0] = 5
+                views.clear()
+            assert_sound(pool)
+
     def test_a_path_is_not_evicted_for_its_own_tail(self) -> None:
         with make_pool(8) as pool:
             keys = self.fill(pool, 3)
@@ -5243,7 +5287,13 @@ class TestPaths:
                 (lambda: pool.reserve_path(["a"], [1, 2]), "1 keys need as many sizes, not 2"),
                 (lambda: pool.reserve_path(["a"], [1], []), "1 keys need as many dicts in each, not 0"),
                 (lambda: pool.reserve_path(["a"], [1], [5]), "list of dicts"),
-                (lambda: pool.reserve_path(["a", "a"], [1, 1]), "must differ: 1 do not"),
+                (lambda: pool.reserve_path(["a", "b", "a"], [1, 1, 1]), "key 'a' is there twice"),
+                (lambda: pool.reserve_path(["a"], None), "sizes None must be a list"),
+                (lambda: pool.put_path(["a"], 5), "values 5 must be a list"),
+                (lambda: pool.put_path(["a"], []), "1 keys need as many values, not 0"),
+                (lambda: pool.put_path(["a"], [b"1"], 5), "dicts in each 5 must be a list"),
+                (lambda: pool.get_path_into(["a"], iter([bytearray(1)])), "targets .* must be a list"),
+                (lambda: pool.claim("a", wait=10**400), "from 0 to 1e9"),
                 (lambda: pool.reserve_path(["a"], [-1]), "size -1"),
                 (lambda: pool.reserve_path(["a"], [1], colour="red"), "no colour"),
                 (lambda: pool.reserve_path("abc", [1, 1, 1]), "must be a list of str"),
@@ -5436,6 +5486,23 @@ class TestClaims:
             assert not pool.claim("key")
             tell(process)
             assert pool.claim("key", wait=30)
+
+    def test_it_ends_with_its_thread(self) -> None:
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            for _ in range(5):
+                answers: list[bool] = []
+                thread = threading.Thread(target=lambda answers=answers: answers.append(pool.claim("key")))
+                thread.start()
+                thread.join()
+                assert answers == [True]
+                assert other.claim("key", wait=30)
+                assert not pool.claim("key")
+                other.unclaim("key")
+            assert pool.claim("key")
+            thread = threading.Thread(target=lambda: pool.unclaim("key"))
+            thread.start()
+            thread.join()
+            assert other.claim("key")
 
     def test_a_forked_child_has_none_and_leaves_its_parents(self) -> None:
         with make_pool() as pool, KVCachePool.attach("pool") as other:
