@@ -3315,6 +3315,7 @@ class Space:
         self.geometry = geometry
         self.is_alive = is_alive
         self._unfinished = 0
+        self._is_rebuilding = False  # then derived data is left to the rebuild
         self._data_offset, self._block_size = geometry.data_offset, geometry.block_size
         self.table = EntryTable(memory, geometry)
         self.pins = Pins(self.table)
@@ -3548,7 +3549,7 @@ class Space:
         for session, (pinned, _) in held.items():
             self.pins.release_all(session, table.used() if among is None else among, pinned)
         stale = []
-        are_busy = self.words[NUM_BUSY] or self.words[DIRTY]
+        are_busy = self.words[NUM_BUSY] or self._is_rebuilding
         for slot in table.slots(WRITING, CONDEMNED, among=among) if are_busy else ():
             if table.state(slot) == WRITING:
                 owner = table.owner(slot)
@@ -3559,12 +3560,11 @@ class Space:
         self._free(stale)
 
     def _free(self, slots: Iterable[int]) -> None:
-        """Free what WRITING or CONDEMNED records hold; if DIRTY is set, the rebuild does the rest."""
-        rebuild_follows = self.words[DIRTY]
+        """Free what WRITING or CONDEMNED records hold."""
         self.words[DIRTY] = 1
         for slot in slots:
             self.table.set_state(slot, FREE)
-            if not rebuild_follows:
+            if not self._is_rebuilding:
                 self.blocks.free_locked(*self.table.extent(slot))
                 self.table.release(slot)
                 self.words[NUM_BUSY] -= 1
@@ -3732,11 +3732,10 @@ class Index(Space):
         self.table.set_all_accessed(dict.fromkeys(slots, time.time()))
         return least
 
-    def use_path(self, uses: Sequence[int], keys: Sequence[bytes], is_first: bool, least: Least) -> Least:
+    def use_path(self, uses: Sequence[int], keys: Sequence[bytes], least: Least) -> Least:
         """Count hits, and a miss where there are more keys than uses, of a part of a path; queue its entries."""
-        slots = list(self._resolve(uses, keys))
-        self._count_hits(keys, slots, is_first)
-        return self._touch(list(filter(None, slots)), least=least)
+        self._count_hits(len(uses), len(keys))
+        return self._touch(list(filter(None, self._resolve(uses, keys))), least=least)
 
     def hold_path(self, uses: Sequence[int], keys: Sequence[bytes], token: int) -> list[tuple[int, int]]:
         """Pin the leading run of a part of a path by one token; return (offset, size) of each."""
@@ -3749,16 +3748,19 @@ class Index(Space):
         """Do what `hold_path` and `use_path` do, for a path that is one part."""
         places = self.hold_path(uses, keys, token)
         slots = self.pins.held.get(token, ())
-        self._count_hits(keys, slots, True)
+        self._count_hits(len(slots), len(keys))
         self._touch(slots)
         return places
 
-    def _count_hits(self, keys: Sequence[bytes], slots: Sequence[int], is_first: bool) -> None:
-        self.words[HITS] += len(slots)
-        if len(slots) < len(keys):
+    def _count_hits(self, num_there: int, num_keys: int) -> None:
+        self.words[HITS] += num_there
+        if num_there < num_keys:
             self.uses.count_miss()
-        for number, key in enumerate(keys if self._num_recorded else ()):
-            self._record(key, slots[number] if number < len(slots) else 0, is_first and not number)
+
+    def record_path(self, keys: Sequence[bytes], num_there: int, is_first: bool) -> None:
+        """Note the accesses of a part of a path, root first: hits for the first `num_there`, misses for the rest."""
+        for number, key in enumerate(keys):
+            self._record(key, self.table.find(key) if number < num_there else 0, is_first and not number)
 
     def reserve_path(
         self, keys: Sequence[bytes], sizes: Sequence[int], metas: Sequence[EntryMeta], token: int, num_more: int
@@ -3807,10 +3809,13 @@ class Index(Space):
                 self._withdraw(token)
                 queued[-1] = slot = old
             else:
+                key = table.key(slot)
                 self.unpin(token)
-            if table.state(slot) == COMPLETE:
+                if table.state(slot) != COMPLETE:  # replaced or gone meanwhile
+                    queued[-1] = slot = table.find(key)
+            if slot:
                 least = self._touch((slot,), False, False, least)
-        table.set_all_accessed(dict.fromkeys(queued, time.time()))  # of one time, as a path that is read
+        table.set_all_accessed(dict.fromkeys(filter(None, queued), time.time()))  # of one time, as if it was read
         return least
 
     def abandon(self, tokens: Iterable[int]) -> None:
@@ -3902,7 +3907,7 @@ class Index(Space):
         if old and if_absent:
             self._withdraw(token)
         else:
-            self._commit(token, key, old, saved, keep_pinned, 0 if saved is None else saved.checksum, NO_LEAST)
+            self._commit(token, key, old, saved, keep_pinned, 0 if saved is None else saved.checksum, None)
 
     def _commit(
         self,
@@ -3912,9 +3917,12 @@ class Index(Space):
         saved: Saved | None,
         keep_pinned: bool,
         checksum: int,
-        least: Least,
+        least: Least | None,
     ) -> Least:
-        """Do what `commit` does; the entry gets at `least` so many uses and that priority, its parent what returns."""
+        """Do what `commit` does; in a path the entry gets at `least` so many uses and that priority.
+
+        Returns what its parent gets.
+        """
         table, words, pins = self.table, self.words, self.pins
         (slot,) = pins.held[token]
         if not old and words[NUM_ENTRIES] >= self.geometry.max_entries:  # others filled up while we were copying
@@ -3926,21 +3934,21 @@ class Index(Space):
             self._swap(old, *table.extent(slot))
             table.release(slot)
             slot = old
-            if least is not NO_LEAST:
-                least = self.order.touch_path_locked((slot,), (slot,), False, least)
+            least = NO_LEAST if least is None else self.order.touch_path_locked((slot,), (slot,), False, least)
         else:
             if saved is not None:
                 table.set_times(slot, saved.created, saved.accessed)
             count = self._uses_of(key, old) if saved is None else saved.access_count
-            least = max(count, least[0]), max(table.priority(slot), least[1])
+            least_count, least_priority = NO_LEAST if least is None else least
+            least = max(count, least_count), max(table.priority(slot), least_priority)
             self._enter(slot, old, *least)
+        table.set_checksum(slot, checksum)
         words[NUM_BUSY] = words[NUM_BUSY] - 1
         pins.writing.discard(token)
         del pins.held[token]
-        words[DIRTY] = self._unfinished
-        table.set_checksum(slot, checksum)
         if keep_pinned:
             pins.hold(token, slot)
+        words[DIRTY] = self._unfinished
         return least
 
     def _uses_of(self, key: bytes, old: int) -> int:
@@ -4011,7 +4019,8 @@ class Index(Space):
 
     def begin_anew(self) -> None:
         """Forget what an error of ours has cut off; what is DIRTY, by us or by a process that has died, stays so."""
-        self._unfinished = 1 if self.words[DIRTY] else 0
+        self._is_rebuilding = bool(self.words[DIRTY])
+        self._unfinished = int(self._is_rebuilding)
 
     def repair(self) -> None:
         """Rebuild, after a process has died or an error has come in the middle of a change."""
@@ -4022,6 +4031,7 @@ class Index(Space):
         """Make everything derived anew from the records; returns what was wrong with records themselves."""
         table = self.table
         self.words[DIRTY] = self._unfinished = 1
+        self._is_rebuilding = True
         self._finish_move()
         self.settle({})
         problems, entries, others, extents = self._sound_records()
@@ -4040,6 +4050,7 @@ class Index(Space):
         table.rebuild(self.order.oldest_first_locked(entries), others)
         self.blocks.rebuild_locked(join_extents(extents))
         self.order.rebuild_locked(entries)
+        self._is_rebuilding = False
         self._finish()
         return problems
 
@@ -4136,6 +4147,11 @@ class Index(Space):
         Making thousands of objects under the lock would start garbage collections there, and others would wait.
         """
         return self.order.copy_locked(slot) + slot.to_bytes(4, "little") + self.table.copy(slot)
+
+    def delete_slot(self, key: bytes, slot: int) -> None:
+        """Remove an entry, if it is still the one in that slot."""
+        if self.table.find(key) == slot:
+            self.remove(slot)
 
     def describe(self, key: bytes) -> bytes:
         """Return a copy of an entry, b"" if there is none."""
@@ -5267,7 +5283,10 @@ class _Handle:
         PickleBuffer (which pickles nothing) the views get a buffer of their own, with another memoryview as its owner:
         that can be released, or dies, when the views and all that was made from them have gone.
         """
-        owner = memory[:]
+        try:
+            owner = memory[:]
+        except ValueError:  # another thread has just closed the pool
+            raise PoolClosedError.of(self.name) from None
         ref = _ViewRef(owner, self._due.append)
         ref.tokens = tokens
         self._view_refs[tokens[0]] = ref
@@ -5304,6 +5323,17 @@ class _Handle:
             else:
                 gone = functools.partial(_array_gone, weakref.ref(self), tokens)
                 self._array_refs[tokens[0]] = weakref.ref(owner, gone)
+
+    def _cut_off(self, tokens: Sequence[int], views: Iterable[memoryview], owner: memoryview) -> None:
+        """Settle what tokens hold after an error at the end of their block, unless arrays live that show it.
+
+        What a second interrupt keeps from being settled here, the end of `owner` does: see `_lend`.
+        """
+        if _take_back(views, owner):
+            self._due.extend(tokens)
+            self._settle_due()
+        else:
+            self._outlast(tokens, owner)
 
     def _release_pin(self, token: int) -> None:
         """Unpin from outside the lock, and without it if it can be."""
@@ -5362,6 +5392,7 @@ class _Handle:
             if self._is_locked:
                 raise CacheError(f"pool {self.name!r} was closed by a signal handler that interrupted a call to it")
             self._closing = True
+            self._end_claims(list(self._claims))
             self._unpin_all()
             if self._due:
                 self._join()
@@ -5388,6 +5419,8 @@ class _Handle:
         if getattr(self, "_segment", None) is None or sys.is_finalizing():  # then modules may be gone
             return
         self._closing = True
+        if _own_process[0]:
+            self._end_claims(list(self._claims))
         lent = {token for ref in self._view_refs.values() if ref() is not None for token in ref.tokens}
         for token in self._held.keys() - lent:
             del self._held[token]
@@ -5457,6 +5490,13 @@ class _Handle:
             with contextlib.suppress(CacheError):  # the store is gone, or busy: the next opener or `prune` removes it
                 self._remove_name(wait, only_if_unused=True)
         _open_pools.discard(self)
+
+    def _end_claims(self, claims: Iterable[int]) -> None:
+        """Let others have these lock bytes."""
+        for byte in claims:
+            with contextlib.suppress(OSError):  # another thread, or a signal handler, has just closed the pool
+                _record_lock(self._mapped.fd, fcntl.F_UNLCK, byte, fcntl.F_OFD_SETLK)
+            self._claims.pop(byte, None)
 
     def unlink(self) -> None:
         """Delete the pool, closed or not; other handles keep what they see until they are closed."""
@@ -5627,26 +5667,25 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
         if view is None:
             return
         owner, self._owner = self._owner, None
-        if not _own_process[0]:
-            _adopt_pools()
-        is_unused = _take_back((view,), owner)  # else arrays that were made from it keep it pinned
-        if token in pool._held:  # else this is a forked child, the value is its parent's
-            try:
-                if error_type is None:
-                    pool._locked(Index.commit, token, self._saved, not is_unused, False, after_close=True)
-                else:
-                    pool._due.append(token)
-                    pool._settle_due()
-            except BaseException:
-                pool._due.append(token)
-                pool._settle_due()
-                raise
-        if is_unused:
-            pool._view_refs.pop(token, None)
-            if pool._closing:
-                pool._close_if_unused()
-        else:
-            pool._outlast((token,), owner)
+        try:
+            if not _own_process[0]:
+                _adopt_pools()
+            is_unused = _take_back((view,), owner)  # else arrays that were made from it keep what it shows
+            if token not in pool._held:
+                pass  # this is a forked child, the value is its parent's
+            elif error_type is None:
+                pool._locked(Index.commit, token, self._saved, not is_unused, False, after_close=True)
+            elif is_unused:
+                pool._locked(Index.abandon, (token,), after_close=True)
+            if is_unused:
+                pool._view_refs.pop(token, None)
+            else:
+                pool._outlast((token,), owner)
+        except BaseException:
+            pool._cut_off((token,), (view,), owner)
+            raise
+        if pool._closing:
+            pool._close_if_unused()
 
 
 def _parts(keys: Sequence[_R], length: int) -> Iterator[Sequence[_R]]:
@@ -5670,9 +5709,7 @@ def _claimant_gone(pool_ref: weakref.ref[_Handle], byte: int, ref: weakref.ref[_
     """End a claim whose thread has ended."""
     pool = pool_ref()
     if pool is not None and pool._segment is not None and _own_process[0] and pool._claims.get(byte) is ref:
-        with contextlib.suppress(OSError):  # another thread has just closed the pool
-            _record_lock(pool._mapped.fd, fcntl.F_UNLCK, byte, fcntl.F_OFD_SETLK)
-        pool._claims.pop(byte, None)
+        pool._end_claims((byte,))
 
 
 def _claim_byte(key: bytes) -> int:
@@ -5719,6 +5756,7 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
                 places += pool._locked(Index.open_path, uses, keys, first)
             else:
                 places += self._open_long(uses)
+            pool._record_path(keys, len(places))
             self._lent, self._owner = pool._lend(pool._mapped.read_only, places, tokens)
             views += self._lent  # a list of the caller's, who may change it
             if self._verify:
@@ -5742,7 +5780,7 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
         least = NO_LEAST
         parts = _parts_from_the_end(uses[: len(places)], keys[: len(places) + 1])
         for some_uses, some_keys in pool._each_part(parts):
-            least = pool._locked(Index.use_path, some_uses, some_keys, some_keys[0] is keys[0], least)
+            least = pool._locked(Index.use_path, some_uses, some_keys, least)
         return places
 
     def _drop_damaged(self) -> None:
@@ -5753,7 +5791,7 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
         for number, (view, copy) in enumerate(zip(self._views, copies, strict=True)):
             checksum = copied_checksum(copy)
             if checksum and zlib.crc32(view) != checksum:
-                self._pool._locked(Index.delete, copied_key(copy).encode())
+                self._pool._locked(Index.delete_slot, copied_key(copy).encode(), COPY_SIZES.unpack_from(copy)[0])
                 del self._views[number:]
                 return
 
@@ -5770,8 +5808,7 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
             else:
                 pool._outlast(tokens, owner)
         except BaseException:
-            self._pool._due.extend(self._tokens)
-            self._pool._settle_due()
+            self._pool._cut_off(self._tokens, self._lent, self._owner)
             raise
         if pool._closing:
             pool._close_if_unused()
@@ -5821,12 +5858,12 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
             fresh = [place for place in places if place is not None]
             for place in fresh:
                 _map_pages(pool._memory, *place)
-            lent, self._owner = pool._lend(pool._mapped.buffer, fresh, range(first, first + max(len(places), 1)))
+            tokens = range(first, first + max(len(places), 1))
+            self._lent, self._owner = pool._lend(pool._mapped.buffer, fresh, tokens)
             for place in fresh if self._zero else ():
                 pool._zero(*place)
-            views = iter(lent)
-            self._views = [None if place is None else next(views) for place in places]
-            given = list(self._views)
+            views = iter(self._lent)
+            given = [None if place is None else next(views) for place in places]
         except BaseException:
             self._abandon(len(keys))
             raise
@@ -5840,28 +5877,36 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         try:
             pool, owner, first = self._pool, self._owner, self._token
+            tokens = range(first, first + max(len(self._places), 1))
             if not _own_process[0]:
                 _adopt_pools()
-            written = [number for number, place in enumerate(self._places, first) if place is not None]
-            views = [view for view in self._views if view is not None]
-            sums = [zlib.crc32(view) if self._checksums and not error_type else 0 for view in views]
-            is_unused = _take_back(views, owner)  # else arrays keep all that is new pinned
-            del views, self._views
-            if any(token in pool._held for token in range(first, first + len(self._places))):  # else a forked child
-                if error_type is None:
-                    self._commit(dict(zip(written, sums, strict=True)), () if is_unused else frozenset(written))
-                else:
-                    for some in pool._each_part(_parts(range(first, first + len(self._places)), KEYS_A_LOOK)):
-                        pool._locked(Index.abandon, some, after_close=True)
+            written = {number for number, place in enumerate(self._places, first) if place is not None}
+            sums = self._sum() if self._checksums and error_type is None else [0] * len(written)
+            is_unused = _take_back(self._lent, owner)  # else arrays keep all that is new
+            is_ours = any(token in pool._held for token in tokens)  # else this is a forked child
+            if is_ours and error_type is None:
+                self._commit(dict(zip(sorted(written), sums, strict=True)), () if is_unused else written)
+            elif is_ours:
+                for some in pool._each_part(_parts(tokens, KEYS_A_LOOK)):
+                    ended = [token for token in some if is_unused or token not in written]
+                    pool._locked(Index.abandon, ended, after_close=True)
             if is_unused:
                 pool._view_refs.pop(first, None)
             else:
-                pool._outlast(written, owner)
+                pool._outlast(tokens, owner)
         except BaseException:
-            self._abandon(len(self._places))
+            first = self._token
+            self._pool._cut_off(range(first, first + max(len(self._places), 1)), self._lent, self._owner)
             raise
         if pool._closing:
             pool._close_if_unused()
+
+    def _sum(self) -> list[int]:
+        """Return the CRC-32 of each value that was written."""
+        try:
+            return [zlib.crc32(view) for view in self._lent]
+        except ValueError:
+            raise InvalidArgumentError("a view of the path was released inside the block: it has no checksum") from None
 
     def _commit(self, checksums: dict[int, int], kept: Container[int]) -> None:
         """Make what was written entries, token -> CRC-32, and end all pins but those `kept`."""
@@ -5933,13 +5978,14 @@ class _Paths(_Handle):
                     break
                 if words[DIRTY]:
                     continue
-                uses: list[int] = []
+                use, uses = 0, list[int]()
                 for key in keys:
                     use, _, _ = find_use(key)
                     if use <= 0:
                         break
                     uses.append(use)
-                if not words[DIRTY] and words[CHANGES] == changes:
+                # -1: just being moved or replaced in place, which the words below need not show
+                if use >= 0 and not words[DIRTY] and words[CHANGES] == changes:
                     return uses
         return None
 
@@ -5992,8 +6038,16 @@ class _Paths(_Handle):
                 uses.append(use)
         least = NO_LEAST
         for some_uses, some_keys in self._each_part(_parts_from_the_end(uses, encoded[: len(uses) + 1])):
-            least = self._locked(Index.use_path, some_uses, some_keys, some_keys[0] is encoded[0], least)
+            least = self._locked(Index.use_path, some_uses, some_keys, least)
+        self._record_path(encoded, len(uses))
         return len(uses)
+
+    def _record_path(self, keys: Sequence[bytes], num_there: int) -> None:
+        """Note the accesses of a path that was read, in a pool that keeps them."""
+        if self._geometry.num_recorded:
+            for begin in self._each_part(range(0, len(keys), ENTRIES_A_STEP)):
+                some = keys[begin : begin + ENTRIES_A_STEP]
+                self._locked(Index.record_path, some, max(num_there - begin, 0), not begin)
 
     def _copy_unlocked(self, keys: Sequence[bytes], targets: Sequence[memoryview]) -> list[int]:
         """Copy values, without the lock, up to the first that can't be; return the uses, none of which is counted."""
@@ -6103,10 +6157,17 @@ class _Paths(_Handle):
                 ref = self._claims.get(byte)
                 if ref is not None and ref() is claimant:
                     return True
-                if ref is None and _try_lock_byte(self._mapped.fd, fcntl.F_WRLCK, byte):
+                if ref is None:
                     gone = functools.partial(_claimant_gone, weakref.ref(self), byte)
-                    self._claims[byte] = weakref.ref(claimant, gone)
-                    return True
+                    try:
+                        self._claims[byte] = weakref.ref(claimant, gone)
+                        with _os_errors(f"claim {key!r}"):
+                            if _try_lock_byte(self._mapped.fd, fcntl.F_WRLCK, byte):
+                                return True
+                    except BaseException:
+                        self._end_claims((byte,))
+                        raise
+                    del self._claims[byte]
             left = until - time.monotonic()
             if left <= 0:
                 return False
@@ -6120,8 +6181,9 @@ class _Paths(_Handle):
             _adopt_pools()
         with self._mutex:
             self._check_open()
-            _record_lock(self._mapped.fd, fcntl.F_UNLCK, byte, fcntl.F_OFD_SETLK)
-            return self._claims.pop(byte, None) is not None
+            is_held = byte in self._claims
+            self._end_claims((byte,))
+            return is_held
 
 
 class KVCachePool(_Paths):
@@ -6685,13 +6747,13 @@ def _encode_prefix(prefix_hash: str) -> bytes:
 
 def _take_back(views: Iterable[memoryview], owner: memoryview) -> bool:
     """Release views made by `_lend`, and what they show; False if arrays made from them live on."""
-    try:
-        for view in views:
+    is_unused = True
+    for view in (*views, owner):
+        try:
             view.release()
-        owner.release()
-    except BufferError:
-        return False
-    return True
+        except BufferError:
+            is_unused = False
+    return is_unused
 
 
 # A buffer format (PEP 3118) without objects and pointers: O, P, &, X{} for functions, z and Z for text elsewhere. A
@@ -6740,8 +6802,11 @@ def copy_all(pairs: Sequence[tuple[memoryview, memoryview]]) -> None:
             else:  # ctypes takes no other read-only buffer
                 target[:] = source
 
-    with ThreadPoolExecutor(num_threads) as threads:
-        list(threads.map(copy, range(num_threads)))
+    try:
+        with ThreadPoolExecutor(num_threads) as threads:
+            list(threads.map(copy, range(num_threads)))
+    except RuntimeError:  # no more threads can be started
+        list(map(copy, range(num_threads)))
 
 
 def _writable_bytes(target: Any) -> memoryview:
@@ -7936,8 +8001,11 @@ def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tup
     else:
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(num_threads) as threads:
-            list(threads.map(copy, [range(n, len(views), num_threads) for n in range(num_threads)]))
+        try:
+            with ThreadPoolExecutor(num_threads) as threads:
+                list(threads.map(copy, [range(n, len(views), num_threads) for n in range(num_threads)]))
+        except RuntimeError:  # no more threads can be started
+            copy(range(len(views)))
     return joined
 
 
