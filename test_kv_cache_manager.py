@@ -4900,6 +4900,32 @@ class TestReads:
                 assert pool.get_stats()["evictions"] == 1
             assert_sound(pool)
 
+    def test_a_view_that_saves_the_last_victim_for_a_moment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The old value must go for the new one; a view of it begins just then, and ends before the next look."""
+        with make_pool(4) as pool, KVCachePool.attach("pool") as other:
+            assert pool.put("key", payload("key", 4 * BLOCK_SIZE))
+            other._join()
+            evict, reclaim, views = index_of(pool).evict, index_of(pool).reclaim, contextlib.ExitStack()
+
+            def view_first(slots: Any) -> bool:
+                slots = list(slots)
+                if slots and not index_of(other).pins.named:
+                    views.enter_context(other.view("key"))
+                return evict(slots)
+
+            def end_first(*args: Any) -> bool:
+                index_of(other).pins.name(0)  # what the end of a view does first
+                return reclaim(*args)
+
+            monkeypatch.setattr(index_of(pool), "evict", view_first)
+            monkeypatch.setattr(index_of(pool), "reclaim", end_first)
+            pool.put("key", payload("new", 4 * BLOCK_SIZE))
+            monkeypatch.undo()
+            views.close()
+            assert words_of(pool)[kv.DIRTY] == 0
+            assert pool.put("next", payload("next", 4 * BLOCK_SIZE))
+            assert_sound(pool)
+
     def test_a_rebuild_leaves_a_replaced_value_to_a_view_that_just_begins(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -5405,6 +5431,159 @@ class TestPaths:
             assert other.put("large", bytes(6 * BLOCK_SIZE))
             assert_sound(pool)
 
+    @pytest.mark.parametrize("what", ["reserve", "reserve_path"])
+    def test_an_error_frees_nothing_that_an_array_writes_to(self, what: str) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool(8) as pool, KVCachePool.attach("pool") as other:
+            pool.put("there", bytes(SMALL))
+            block: Any = (
+                pool.reserve("a", SMALL) if what == "reserve" else pool.reserve_path(["there", "a"], [SMALL, SMALL])
+            )
+            with pytest.raises(RuntimeError), block as views:
+                array = numpy.frombuffer(views if what == "reserve" else views[1], "u1")
+                raise RuntimeError
+            assert "a" not in pool
+            assert pool.get_stats()["pinned_entries"] == 0  # what was there is let go at once
+            assert not other.put("large", bytes(8 * BLOCK_SIZE))
+            for i in range(6):
+                assert other.put(f"x{i}", payload(f"x{i}", BLOCK_SIZE))
+            array[:] = 255
+            assert contents(other) == {f"x{i}": payload(f"x{i}", BLOCK_SIZE) for i in range(6)}
+            del array, views, block
+            assert other.put("large", bytes(8 * BLOCK_SIZE))
+            assert_sound(pool)
+
+    @pytest.mark.parametrize("what", ["view", "view_path", "reserve_path"])
+    def test_an_interrupt_at_the_end_leaves_an_array_its_pin(self, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool(8) as pool, KVCachePool.attach("pool") as other:
+            pool.put("a", payload("a", SMALL))
+            take_back = kv._take_back
+
+            def interrupted(*args: Any) -> bool:
+                take_back(*args)
+                monkeypatch.undo()
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr(kv, "_take_back", interrupted)
+            block: Any = {
+                "view": lambda: pool.view("a"),
+                "view_path": lambda: pool.view_path(["a"]),
+                "reserve_path": lambda: pool.reserve_path(["b"], [SMALL]),
+            }[what]()
+            with contextlib.suppress(KeyboardInterrupt), block as views:
+                array = numpy.frombuffer(views if what == "view" else views[0], "u1")
+                if what == "reserve_path":
+                    array[:] = numpy.frombuffer(payload("a", SMALL), "u1")
+            assert not other.put("large", bytes(8 * BLOCK_SIZE))
+            assert bytes(array) == payload("a", SMALL)
+            del array, views, block
+            assert other.put("large", bytes(8 * BLOCK_SIZE))
+            assert_sound(pool)
+
+    def test_what_is_just_being_moved_is_not_missing(self) -> None:
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            keys = self.fill(pool, 3)
+            table = index_of(other).table
+            slot = table.find(keys[1].encode())
+            table.seal_off(slot)  # as `move` and a put in place do, which change no chain
+            assert pool._find_unlocked([key.encode() for key in keys]) is None
+            table.unseal(slot)
+            assert pool.count_path(keys) == 3
+
+    def test_a_parent_is_queued_after_a_child_that_another_has_stored(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool(eviction_policy="lfu") as pool, KVCachePool.attach("pool") as other:
+            arrays = []
+            with pool.reserve_path(["root", "leaf"], [100, 100]) as views:
+                other.put_path(["leaf"], [bytes(100)])
+                for _ in range(5):
+                    other.get("leaf")
+                arrays += [numpy.frombuffer(view, "u1") for view in views]
+            assert [pool.peek(key).access_count for key in ("root", "leaf")] == [5, 5]
+            assert list(pool) == ["leaf", "root"]
+            del arrays, views
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            other.put("root", b"1234")
+            with pool.reserve_path(["root", "leaf"], [4, 4]):
+                other.put("root", b"12345")  # another value, in another slot
+            assert list(pool) == ["leaf", "root"]
+            assert_sound(pool)
+
+    def test_a_pool_that_records_has_the_path_root_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kv, "ENTRIES_A_STEP", 4)
+        keys = [f"k{i}" for i in range(10)]
+        with make_pool(record=1000) as pool:
+            pool.put("first", b"1")
+            pool.get("first")
+            pool.put_path(keys[:9], [b"x"] * 9)
+            with pool.view_path(keys):
+                pass
+            pool.get_path_into(keys[:3], [bytearray(1)] * 3)
+            with pool.view_path(keys[8:]):
+                pass
+            requests, _, rate = pool.recorded_requests()
+            paths = [["first"], keys, keys[:3], keys[8:]]
+            assert requests == [[kv.key_digest(key.encode()) for key in path] for path in paths]
+            assert rate == 14 / 16
+
+    def test_a_damaged_block_that_was_replaced_meanwhile_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            pool.put_path(["a"], [b"good"], checksums=True)
+            index_of(pool).memory[pool.peek("a").offset] ^= 1
+            delete = kv.Index.delete_slot
+
+            def late(index: kv.Index, *args: Any) -> None:
+                monkeypatch.undo()
+                delete(index, *args)
+
+            lock = pool._locked
+
+            def replace_first(work: Any, *args: Any, **how: Any) -> Any:
+                if work is late:
+                    other.put("a", b"sound")
+                return lock(work, *args, **how)
+
+            monkeypatch.setattr(kv.Index, "delete_slot", late)
+            monkeypatch.setattr(pool, "_locked", replace_first)
+            with pool.view_path(["a"], verify=True) as views:
+                assert views == []
+            assert pool.get("a") == b"sound"
+            assert_sound(pool)
+
+    def test_a_view_that_was_released_has_no_checksum(self) -> None:
+        with make_pool() as pool:
+            with (
+                pytest.raises(kv.InvalidArgumentError, match="released"),
+                pool.reserve_path(["a"], [4], checksums=True) as views,
+            ):
+                views[0].release()
+            assert "a" not in pool
+            assert_sound(pool)
+
+    @pytest.mark.parametrize("large", [False, True])
+    def test_copies_where_no_thread_can_be_started(self, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        size = (2 << 20) if large else 10
+        starts: list[int] = []
+
+        def refuse(*_: Any) -> None:
+            starts.append(1)
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(kv.os, "cpu_count", lambda: 4)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with make_pool(4096) as pool:
+            keys = [f"k{i}" for i in range(5)]
+            assert pool.put_path(keys, [payload(key, size) for key in keys]) == 5
+            targets = [bytearray(size) for _ in keys]
+            assert pool.get_path_into(keys, targets) == 5
+            assert targets == [payload(key, size) for key in keys]
+            assert bool(starts) == large
+            monkeypatch.undo()
+            monkeypatch.setattr(kv.os, "cpu_count", lambda: 4)
+            assert pool.get_path_into(keys, targets) == 5
+            assert targets == [payload(key, size) for key in keys]
+
     def test_processes_that_store_one_path_at_once_keep_one_copy(self) -> None:
         lines = (
             f"pool = KVCachePool.attach('pool'); keys = {list(self.KEYS)}; say(); wait()",
@@ -5486,6 +5665,34 @@ class TestClaims:
             assert not pool.claim("key")
             tell(process)
             assert pool.claim("key", wait=30)
+
+    def test_it_ends_with_close_though_an_array_lives(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        with make_pool() as keeper:
+            keeper.put("key", b"1234")
+            pool = KVCachePool.attach("pool")
+            assert pool.claim("key")
+            with pool.view("key") as view:
+                array = numpy.frombuffer(view, "u1")
+            pool.close()
+            assert keeper.claim("key")
+            assert bytes(array) == b"1234"
+            del array, view
+
+    def test_an_interrupted_claim_holds_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            lock = kv._try_lock_byte
+
+            def interrupted(*args: Any) -> bool:
+                lock(*args)
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr(kv, "_try_lock_byte", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pool.claim("key")
+            monkeypatch.undo()
+            assert other.claim("key")
+            assert not pool.unclaim("key")
 
     def test_it_ends_with_its_thread(self) -> None:
         with make_pool() as pool, KVCachePool.attach("pool") as other:
