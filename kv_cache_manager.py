@@ -1089,11 +1089,9 @@ Least = tuple[int, int]  # use count and priority that a parent has at least
 NO_LEAST: Least = (0, I64_MIN)
 
 
-def _words32(numbers: list[int] | bytes) -> memoryview:
+def _words32(numbers: Sequence[int]) -> memoryview:
     """Return numbers as 32-bit words, to be written into a column at once."""
-    import array  # here, for it takes longer to import than a pool to open
-
-    return memoryview(array.array("I", numbers))
+    return memoryview(struct.pack(f"{len(numbers)}I", *numbers)).cast("I")
 
 
 Note = tuple[int, int, int, int, int]  # policy key, sequence number, slot, use count, blocks
@@ -2906,7 +2904,7 @@ class EntryTable:
         memory, crc32, geometry = self.memory, zlib.crc32, self.geometry
         problems, found = [], []
         for slot, state, start, num_blocks, size, key_hash, prefix_hash, lengths, tensor_length in self._columns():
-            if not state:
+            if state not in (WRITING, COMPLETE, CONDEMNED):
                 continue
             at = 4 * (self._records + slot * HALVES_PER_RECORD) + RECORD.size
             key_end = at + (lengths & 0xFFFF)
@@ -2935,10 +2933,10 @@ class EntryTable:
         first, end = self.record(1), self.record(1) + len(among) * HALVES_PER_RECORD
         column = [
             self.halves[first + at : end : HALVES_PER_RECORD].tolist()
-            for at in (R_STATE, R_START, R_BLOCKS, R_KEY_HASH, R_PREFIX_HASH, R_LENGTHS, R_LENGTHS + 1)
+            for at in (R_START, R_BLOCKS, R_KEY_HASH, R_PREFIX_HASH, R_LENGTHS, R_LENGTHS + 1)
         ]
         sizes = self.words[(first >> 1) + W_SIZE : end >> 1 : HALVES_PER_RECORD >> 1].tolist()
-        return zip(among, *column[:3], sizes, *column[3:], strict=True)
+        return zip(among, self.bytes_at(0, among), *column[:2], sizes, *column[2:], strict=True)
 
     def renew(self, slots: Sequence[int]) -> None:
         """Give entries new generations, so that all readers without the lock begin again."""
@@ -2965,7 +2963,7 @@ class EntryTable:
         key_hashes, prefix_hashes, lengths = (
             [0, *halves[first + at : end : HALVES_PER_RECORD].tolist()] for at in (R_KEY_HASH, R_PREFIX_HASH, R_LENGTHS)
         )
-        heads = _words32(bytes(8 * num_slots))  # of key chains, then of prefix chains
+        heads = memoryview(bytearray(8 * num_slots)).cast("I")  # of key chains, then of prefix chains
         behinds, prefix_behinds, prefix_befores = ([0] * (top + 1) for _ in range(3))
         for slot in entries:
             head = key_hashes[slot] % num_slots
