@@ -5230,16 +5230,17 @@ class _Handle:
                 pins.named = 0
             return -1, None, False
 
-    def _patiently(self, attempt: Callable[[], _R], size: int) -> _R:
+    def _patiently(self, attempt: Callable[[], _R], size: int, num_own: int = 0) -> _R:
         """Repeat an attempt to store that found no room, while copies under way elsewhere may be what is in the way.
 
-        Copies take microseconds to milliseconds; pins that last longer are real, and the attempt fails.
+        Copies take microseconds to milliseconds; pins that last longer are real, and the attempt fails. It does not
+        wait for the `num_own` values that the same call has on their way in.
         """
         started, pause = time.monotonic(), 1e-4
         result = attempt()
         if not result and self._geometry.blocks_for(size) <= self._geometry.num_blocks:
             while not result and self._segment is not None:
-                others_write = self._word(NUM_BUSY) > len(self._pins.writing)
+                others_write = self._word(NUM_BUSY) > num_own
                 if time.monotonic() - started > (PATIENCE_FOR_WRITES if others_write else PATIENCE_FOR_PINS):
                     break
                 time.sleep(pause)
@@ -5849,7 +5850,7 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
                     )
                     return found
 
-                found = pool._patiently(reserve, sizes[begin])
+                found = pool._patiently(reserve, sizes[begin], sum(place is not None for place in places))
                 places += found
                 if not found:
                     break
