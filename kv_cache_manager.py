@@ -5735,7 +5735,9 @@ class PathViews(list["memoryview"]):
 class _PathReader(contextlib.AbstractContextManager[PathViews]):
     """Pinned read-only views of the leading run of a path.
 
-    A class, for a generator that an exception passes through keeps its frames, and so its views, in a cycle.
+    A class, for a generator that an exception passes through keeps its frames, and so its views, in a cycle. No loop
+    stands inside a try block here: in CPython 3.12 and 3.13 an interrupt at the jump back of a loop that ends with an
+    `if`, or of a comprehension with one, passes by the handler around it.
     """
 
     def __init__(self, pool: _Paths, keys: list[bytes], verify: bool) -> None:
@@ -5796,21 +5798,25 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
 
     def __exit__(self, *_: object) -> None:
         try:
-            pool, tokens, owner = self._pool, self._tokens, self._owner
-            if not _own_process[0]:
-                _adopt_pools()
-            if _take_back(self._lent, owner):
-                for token in pool._each_part(tokens):  # a lock each
-                    if token in pool._held:  # else there was no such part, or it is a forked child's parent's
-                        pool._locked(Index.unpin, token, after_close=True)
-                pool._view_refs.pop(tokens[0], None)
-            else:
-                pool._outlast(tokens, owner)
+            self._end()
         except BaseException:
             self._pool._cut_off(self._tokens, self._lent, self._owner)
             raise
-        if pool._closing:
-            pool._close_if_unused()
+        if self._pool._closing:
+            self._pool._close_if_unused()
+
+    def _end(self) -> None:
+        """Unpin the values, once no array shows them."""
+        pool, tokens, owner = self._pool, self._tokens, self._owner
+        if not _own_process[0]:
+            _adopt_pools()
+        if _take_back(self._lent, owner):
+            for token in pool._each_part(tokens):  # a lock each
+                if token in pool._held:  # else there was no such part, or it is a forked child's parent's
+                    pool._locked(Index.unpin, token, after_close=True)
+            pool._view_refs.pop(tokens[0], None)
+        else:
+            pool._outlast(tokens, owner)
 
 
 class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
@@ -5833,40 +5839,45 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
         self._checksums = checksums
 
     def __enter__(self) -> list[memoryview | None]:
-        pool, keys, sizes, metas = self._pool, self._keys, self._sizes, self._metas
-        self._token = first = next(pool._tokens)
+        self._token = next(self._pool._tokens)
         self._places: list[tuple[int, int] | None] = []
-        self._num_new = 0  # of the path that were not there before
-        places = self._places
         try:
-            while (begin := len(places)) < len(keys):
-                if begin and pool._word(WAITED_FOR):
-                    pool._give_way()
-                some = slice(begin, begin + KEYS_A_LOOK)
-
-                def reserve(some: slice = some, begin: int = begin) -> list[tuple[int, int] | None]:
-                    found, self._num_new = pool._locked(
-                        Index.reserve_path, keys[some], sizes[some], metas[some], first + begin, self._num_new
-                    )
-                    return found
-
-                found = pool._patiently(reserve, sizes[begin], sum(place is not None for place in places))
-                places += found
-                if not found:
-                    break
-            fresh = [place for place in places if place is not None]
-            for place in fresh:
-                _map_pages(pool._memory, *place)
-            tokens = range(first, first + max(len(places), 1))
-            self._lent, self._owner = pool._lend(pool._mapped.buffer, fresh, tokens)
-            for place in fresh if self._zero else ():
-                pool._zero(*place)
-            views = iter(self._lent)
-            given = [None if place is None else next(views) for place in places]
+            return self._open()  # a function of its own: see `_PathReader`
         except BaseException:
-            self._abandon(len(keys))
+            self._abandon(len(self._keys))
             raise
-        return given
+
+    def _open(self) -> list[memoryview | None]:
+        """Reserve what is missing, pin the rest, and return the views."""
+        pool, keys, sizes, metas, places = self._pool, self._keys, self._sizes, self._metas, self._places
+        first = self._token
+        num_new = 0  # of the path that were not there before
+
+        def reserve() -> list[tuple[int, int] | None]:
+            nonlocal num_new
+            begin = len(places)
+            some = slice(begin, begin + KEYS_A_LOOK)
+            token = first + begin
+            found, num_new = pool._locked(Index.reserve_path, keys[some], sizes[some], metas[some], token, num_new)
+            return found
+
+        while len(places) < len(keys):
+            if places and pool._word(WAITED_FOR):
+                pool._give_way()
+            num_own = sum(place is not None for place in places)
+            found = pool._patiently(reserve, sizes[len(places)], num_own)
+            places += found
+            if not found:
+                break
+        fresh = [place for place in places if place is not None]
+        for place in fresh:
+            _map_pages(pool._memory, *place)
+        tokens = range(first, first + max(len(places), 1))
+        self._lent, self._owner = pool._lend(pool._mapped.buffer, fresh, tokens)
+        for place in fresh if self._zero else ():
+            pool._zero(*place)
+        views = iter(self._lent)
+        return [None if place is None else next(views) for place in places]
 
     def _abandon(self, num_tokens: int) -> None:
         """Store nothing, and unpin what is there."""
@@ -5875,30 +5886,34 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         try:
-            pool, owner, first = self._pool, self._owner, self._token
-            tokens = range(first, first + max(len(self._places), 1))
-            if not _own_process[0]:
-                _adopt_pools()
-            written = {number for number, place in enumerate(self._places, first) if place is not None}
-            sums = self._sum() if self._checksums and error_type is None else [0] * len(written)
-            is_unused = _take_back(self._lent, owner)  # else arrays keep all that is new
-            is_ours = any(token in pool._held for token in tokens)  # else this is a forked child
-            if is_ours and error_type is None:
-                self._commit(dict(zip(sorted(written), sums, strict=True)), () if is_unused else written)
-            elif is_ours:
-                for some in pool._each_part(_parts(tokens, KEYS_A_LOOK)):
-                    ended = [token for token in some if is_unused or token not in written]
-                    pool._locked(Index.abandon, ended, after_close=True)
-            if is_unused:
-                pool._view_refs.pop(first, None)
-            else:
-                pool._outlast(tokens, owner)
+            self._end(error_type is None)
         except BaseException:
             first = self._token
             self._pool._cut_off(range(first, first + max(len(self._places), 1)), self._lent, self._owner)
             raise
-        if pool._closing:
-            pool._close_if_unused()
+        if self._pool._closing:
+            self._pool._close_if_unused()
+
+    def _end(self, is_done: bool) -> None:
+        """Commit what was written, or free it; unpin the rest."""
+        pool, owner, first = self._pool, self._owner, self._token
+        tokens = range(first, first + max(len(self._places), 1))
+        if not _own_process[0]:
+            _adopt_pools()
+        written = {number for number, place in enumerate(self._places, first) if place is not None}
+        sums = self._sum() if self._checksums and is_done else [0] * len(written)
+        is_unused = _take_back(self._lent, owner)  # else arrays keep all that is new
+        is_ours = any(token in pool._held for token in tokens)  # else this is a forked child
+        if is_ours and is_done:
+            self._commit(dict(zip(sorted(written), sums, strict=True)), () if is_unused else written)
+        elif is_ours:
+            for some in pool._each_part(_parts(tokens, KEYS_A_LOOK)):
+                ended = [token for token in some if is_unused or token not in written]
+                pool._locked(Index.abandon, ended, after_close=True)
+        if is_unused:
+            pool._view_refs.pop(first, None)
+        else:
+            pool._outlast(tokens, owner)
 
     def _sum(self) -> list[int]:
         """Return the CRC-32 of each value that was written."""
@@ -6151,27 +6166,32 @@ class _Paths(_Handle):
             if not _own_process[0]:
                 _adopt_pools()
             with self._mutex:
-                self._check_open()
-                claimant = self._this_thread.__dict__.setdefault("claimant", _Claimant())
-                ref = self._claims.get(byte)
-                if ref is not None and ref() is claimant:
+                if self._try_claim(byte, key):
                     return True
-                if ref is None:
-                    gone = functools.partial(_claimant_gone, weakref.ref(self), byte)
-                    try:
-                        self._claims[byte] = weakref.ref(claimant, gone)
-                        with _os_errors(f"claim {key!r}"):
-                            if _try_lock_byte(self._mapped.fd, fcntl.F_WRLCK, byte):
-                                return True
-                    except BaseException:
-                        self._end_claims((byte,))
-                        raise
-                    del self._claims[byte]
             left = until - time.monotonic()
             if left <= 0:
                 return False
             time.sleep(min(pause, left))
             pause = min(2 * pause, 0.01)
+
+    def _try_claim(self, byte: int, key: str) -> bool:
+        """Lock the byte of a claim, if nobody else has; return True if this thread has it."""
+        self._check_open()
+        claimant = self._this_thread.__dict__.setdefault("claimant", _Claimant())
+        ref = self._claims.get(byte)
+        if ref is not None:
+            return ref() is claimant
+        try:
+            gone = functools.partial(_claimant_gone, weakref.ref(self), byte)
+            self._claims[byte] = weakref.ref(claimant, gone)
+            with _os_errors(f"claim {key!r}"):
+                if _try_lock_byte(self._mapped.fd, fcntl.F_WRLCK, byte):
+                    return True
+        except BaseException:
+            self._end_claims((byte,))
+            raise
+        del self._claims[byte]
+        return False
 
     def unclaim(self, key: str) -> bool:
         """End a claim of this handle; False if it has none on that key."""
@@ -6437,7 +6457,7 @@ class KVCachePool(_Paths):
             _adopt_pools()
         with self._mutex:
             self._check_open()
-            tokens = [token for token in self._pins_by_key.get(encoded, ()) if token in self._held]
+            tokens = list(filter(self._held.__contains__, self._pins_by_key.get(encoded, ())))
             if not tokens:
                 return False
             self._locked(Index.unpin, tokens[0])  # first: an interrupt must not lose the others
