@@ -7369,11 +7369,12 @@ class TestTransformers:
             if importlib.util.find_spec(module) is None:
                 pytest.skip(f"{module} is not installed: the example with a real model is left out")
         command = [sys.executable, str(example), "--tokens", str(num_tokens), "--size", "256M", "--dtype", dtype]
+        command += ["--together", "2"]  # four take minutes on two cores
         done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=300, env=without_coverage())
         assert done.returncode == 0, done.stderr[-2000:]
         assert f"{reused} tokens reused" in done.stdout
         assert "the 32 tokens are equal" in done.stdout
-        assert "4 at once  1 computed the prompt, 3 waited for it and loaded it" in done.stdout
+        assert "2 at once  1 computed the prompt, 1 waited for it and loaded it" in done.stdout
 
 
 SIZES = {
