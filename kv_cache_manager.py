@@ -3482,6 +3482,23 @@ class Space:
             table.set_start(slot, target)
         words[MOVE_SLOT] = 0
 
+    def defragment(self, slots: Sequence[int], begin: int) -> tuple[int, int]:
+        """(how many of these slots, from number `begin` on, were moved to the left; the number of the next one)."""
+        moved, budget = 0, STEP_BYTES // self.geometry.block_size
+        self.reclaim_dead()
+        for number in range(begin, min(begin + ENTRIES_A_STEP, len(slots))):
+            slot = slots[number]
+            if self.table.state(slot) == COMPLETE and not self.pins.is_pinned(slot):
+                start, num_blocks = self.table.extent(slot)
+                gap = self.blocks.free_before_locked(start)
+                if gap:
+                    if moved and (num_blocks > budget or moved == MOVES_A_STEP):
+                        return moved, number
+                    self.move(slot, start - gap)
+                    budget -= num_blocks
+                    moved += 1
+        return moved, min(begin + ENTRIES_A_STEP, len(slots))
+
     def _begin_change(self, slot: int) -> bool:
         """Keep readers without the lock from an entry whose value is about to change in place, or move.
 
@@ -3781,7 +3798,7 @@ class Index(Space):
             if place is None:
                 break
             places.append(place)
-            num_more += not table.find(key)
+            num_more += not slot or table.state(slot) != COMPLETE  # which has just gone to make room
         return places, num_more
 
     def commit_path(
@@ -3797,8 +3814,8 @@ class Index(Space):
         for token in reversed(tokens):
             (slot,) = pins.held[token]
             queued.append(slot)
+            key = table.key(slot)
             if token in checksums:
-                key = table.key(slot)
                 old = table.find(key)
                 is_new = not old or not table.is_like(old, table.place(slot)[1], table.texts(slot)[2])
                 if is_new or token in kept:
@@ -3807,7 +3824,6 @@ class Index(Space):
                 self._withdraw(token)
                 queued[-1] = slot = old
             else:
-                key = table.key(slot)
                 self.unpin(token)
                 if table.state(slot) != COMPLETE:  # replaced or gone meanwhile
                     queued[-1] = slot = table.find(key)
@@ -3828,25 +3844,6 @@ class Index(Space):
         """Free a place that a token writes."""
         self.pins.writing.discard(token)
         self._free(self.pins.held.pop(token))
-
-    # --- room --------------------------------------------------------------------------------------------------------
-
-    def defragment(self, slots: Sequence[int], begin: int) -> tuple[int, int]:
-        """(how many of these slots, from number `begin` on, were moved to the left; the number of the next one)."""
-        moved, budget = 0, STEP_BYTES // self.geometry.block_size
-        self.reclaim_dead()
-        for number in range(begin, min(begin + ENTRIES_A_STEP, len(slots))):
-            slot = slots[number]
-            if self.table.state(slot) == COMPLETE and not self.pins.is_pinned(slot):
-                start, num_blocks = self.table.extent(slot)
-                gap = self.blocks.free_before_locked(start)
-                if gap:
-                    if moved and (num_blocks > budget or moved == MOVES_A_STEP):
-                        return moved, number
-                    self.move(slot, start - gap)
-                    budget -= num_blocks
-                    moved += 1
-        return moved, min(begin + ENTRIES_A_STEP, len(slots))
 
     # --- storing -----------------------------------------------------------------------------------------------------
 
@@ -3992,6 +3989,11 @@ class Index(Space):
             return False
         self.remove(slot)
         return True
+
+    def delete_slot(self, key: bytes, slot: int) -> None:
+        """Remove an entry, if it is still the one in that slot."""
+        if self.table.find(key) == slot:
+            self.remove(slot)
 
     # --- settling what was cut off -----------------------------------------------------------------------------------
 
@@ -4145,11 +4147,6 @@ class Index(Space):
         Making thousands of objects under the lock would start garbage collections there, and others would wait.
         """
         return self.order.copy_locked(slot) + slot.to_bytes(4, "little") + self.table.copy(slot)
-
-    def delete_slot(self, key: bytes, slot: int) -> None:
-        """Remove an entry, if it is still the one in that slot."""
-        if self.table.find(key) == slot:
-            self.remove(slot)
 
     def describe(self, key: bytes) -> bytes:
         """Return a copy of an entry, b"" if there is none."""
@@ -5726,10 +5723,14 @@ class PathViews(list["memoryview"]):
     @functools.cached_property
     def entries(self) -> list[CacheEntry]:
         """What the pool knows about each value; to be asked for inside the block."""
-        pool, copies = self._pool, []
-        for token in pool._each_part(self._tokens):
-            copies += pool._locked(Index.describe_held, token)
-        return [pool._decode(copy) for copy in copies[: len(self)]]
+        return [self._pool._decode(copy) for copy in self._copy_entries()[: len(self)]]
+
+    def _copy_entries(self) -> list[bytes]:
+        """Return copies of the entries that are pinned, for `read_copy`."""
+        copies: list[bytes] = []
+        for token in self._pool._each_part(self._tokens):
+            copies += self._pool._locked(Index.describe_held, token)
+        return copies
 
 
 class _PathReader(contextlib.AbstractContextManager[PathViews]):
@@ -5786,10 +5787,7 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
 
     def _drop_damaged(self) -> None:
         """Delete the first entry that does not match its checksum; it ends the path."""
-        copies = []
-        for token in self._pool._each_part(self._tokens):
-            copies += self._pool._locked(Index.describe_held, token)
-        for number, (view, copy) in enumerate(zip(self._views, copies, strict=True)):
+        for number, (view, copy) in enumerate(zip(self._views, self._views._copy_entries(), strict=True)):
             checksum = copied_checksum(copy)
             if checksum and zlib.crc32(view) != checksum:
                 self._pool._locked(Index.delete_slot, copied_key(copy).encode(), COPY_SIZES.unpack_from(copy)[0])
@@ -5844,7 +5842,10 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
         try:
             return self._open()  # a function of its own: see `_PathReader`
         except BaseException:
-            self._abandon(len(self._keys))
+            self._pool._due.extend(
+                range(self._token, self._token + len(self._keys))
+            )  # all that a cut-off call may hold
+            self._pool._settle_due()
             raise
 
     def _open(self) -> list[memoryview | None]:
@@ -5872,32 +5873,28 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
         fresh = [place for place in places if place is not None]
         for place in fresh:
             _map_pages(pool._memory, *place)
-        tokens = range(first, first + max(len(places), 1))
-        self._lent, self._owner = pool._lend(pool._mapped.buffer, fresh, tokens)
+        self._lent, self._owner = pool._lend(pool._mapped.buffer, fresh, self._tokens())
         for place in fresh if self._zero else ():
             pool._zero(*place)
         views = iter(self._lent)
         return [None if place is None else next(views) for place in places]
 
-    def _abandon(self, num_tokens: int) -> None:
-        """Store nothing, and unpin what is there."""
-        self._pool._due.extend(range(self._token, self._token + num_tokens))
-        self._pool._settle_due()
+    def _tokens(self) -> range:
+        """Return the tokens that write or pin something, at least one."""
+        return range(self._token, self._token + max(len(self._places), 1))
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         try:
             self._end(error_type is None)
         except BaseException:
-            first = self._token
-            self._pool._cut_off(range(first, first + max(len(self._places), 1)), self._lent, self._owner)
+            self._pool._cut_off(self._tokens(), self._lent, self._owner)
             raise
         if self._pool._closing:
             self._pool._close_if_unused()
 
     def _end(self, is_done: bool) -> None:
         """Commit what was written, or free it; unpin the rest."""
-        pool, owner, first = self._pool, self._owner, self._token
-        tokens = range(first, first + max(len(self._places), 1))
+        pool, owner, first, tokens = self._pool, self._owner, self._token, self._tokens()
         if not _own_process[0]:
             _adopt_pools()
         written = {number for number, place in enumerate(self._places, first) if place is not None}
