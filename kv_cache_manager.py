@@ -9,7 +9,7 @@ The rooms of this module, from the bottom up:
 
 errors, sizes, data types    names, layout, checks
 BitmapAllocator              which blocks are free
-EvictionManager              who is evicted next
+EvictionOrder, AdaptiveOrder who is evicted next, by slot; `EvictionManager`: by key
 planning                     what to evict and move so that free blocks lie together: pure functions
 Memory, Segment              the mapped memory, its file and its locks
 EntryTable                   records and their chains; the only one that knows where a field lies
@@ -30,7 +30,7 @@ record      what the index keeps of a slot: where the value lies, its key, who p
 seal        the first word of a record: its state and the generation of its value
 state       FREE; WRITING, a value on its way in; COMPLETE, an entry; CONDEMNED, dropped while somebody reads it
 chain       the slots whose keys, or prefix hashes, share a hash
-order       who is evicted next: a list of slots for each key of the policy (`EvictionManager`)
+order       who is evicted next: a list of slots for each key of the policy (`EvictionOrder`)
 ghost       what the policy adaptive remembers of an entry that was evicted
 path        the keys of the blocks of one prompt, root first
 use         slot | generation << 32: names an entry as a reader without the lock found it
@@ -735,7 +735,7 @@ class Geometry(NamedTuple):
 
     @property
     def records_offset(self) -> int:
-        return self.order_offset + EvictionManager.buffer_bytes(self.num_slots)
+        return self.order_offset + EvictionOrder.buffer_bytes(self.num_slots)
 
     @property
     def accesses_offset(self) -> int:
@@ -752,7 +752,7 @@ class Geometry(NamedTuple):
 
     @property
     def bytes_with_ghosts(self) -> int:
-        return self.ghosts_offset + EvictionManager.ghost_bytes(self.num_slots)
+        return self.ghosts_offset + AdaptiveOrder.ghost_bytes(self.num_slots)
 
     def blocks_for(self, size: int) -> int:
         """Blocks that a value of `size` bytes takes; an empty one takes a block too."""
@@ -1095,12 +1095,13 @@ def _words32(numbers: Sequence[int]) -> memoryview:
 
 
 Note = tuple[int, int, int, int, int]  # policy key, sequence number, slot, use count, blocks
+Waste = Callable[[int, int, int, int], float]  # how much an entry should go: all of these but the slot
 
 
-def in_victim_order(noted: Iterable[tuple[Note, _R]], waste: Callable[[int, int, int, int], float] | None) -> list[_R]:
-    """Items, next victim first, by what `note_of` says of each: the order of `victims_locked`, without the lock.
+def in_victim_order(noted: Iterable[tuple[Note, _R]], waste: Waste | None) -> list[_R]:
+    """Items, next victim first, by what `note_of` says of each: the order of `victims`, without the lock.
 
-    `waste` is that of `waste_now_locked` under ADAPTIVE, else None.
+    `waste` is that of `waste_now` under ADAPTIVE, else None.
     """
     queues: dict[int, list[tuple[Note, _R]]] = {}
     for item in sorted(noted, key=operator.itemgetter(0), reverse=True):
@@ -1124,204 +1125,69 @@ def in_victim_order(noted: Iterable[tuple[Note, _R]], waste: Callable[[int, int,
     return items
 
 
-class EvictionManager:
-    """The order in which entries go: buckets by policy key, lowest first, each a list by sequence number, oldest first.
+class EvictionOrder:
+    """The order in which slots go: buckets by policy key, lowest first, each a list by sequence number, oldest first.
 
     Every operation is O(1), but for a new entry whose bucket has to be looked for: O(number of distinct keys) with
     PRIORITY, and with LFU when an entry arrives with a use count of its own (a restore). The bucket lists for LFU
     follow "An O(1) algorithm for implementing the LFU cache eviction scheme" (Shah, Mitra, Matani, 2010).
 
-    ADAPTIVE has a bucket each for entries put but not used since, used once, twice, and more often, and one for those
-    that end a prompt and were not used before. An entry is worth its last use plus a bonus for its bucket:
-    `REUSE_BONUS` times G, the typical gap between the first and second use of an entry, which is the exponential of a
-    running mean of the gaps' logarithms. Time is counted in blocks touched. The victim is the cheapest of the
-    bucket's heads, and of heads of several sizes the one that frees most: the distance to the greatest possible worth
-    counts once for every block. Ghosts remember the uses of entries evicted lately, so that one that comes back is
-    not taken for new, and G learns from its gap.
-    With weights, the same heads are compared by a weighted sum of three numbers from 0 to 1 instead: how long unused,
-    age / (age + capacity); how seldom used, of three times; how large, 1 - 1 / blocks.
-
     The numbers of a node (sequence, count, priority) are the truth; links and buckets are derived and rebuilt from
-    them. Inside a pool the buffer is a slice of the segment, entries are known by slot and the pool does the locking.
-    Alone, over private memory, entries are known by key, and the methods without `_locked` are thread-safe.
+    them. It knows slots, and neither keys nor blocks. The caller locks: in a pool, whose segment has the buffer, by
+    the pool's lock.
     """
 
-    def __init__(
-        self,
-        policy: EvictionPolicy,
-        buffer: memoryview | None = None,
-        num_slots: int = 64,
-        capacity: int = 0,
-        blocks_of: Callable[[int], int] | None = None,
-        ghosts: memoryview | None = None,
-    ) -> None:
-        """`capacity` in blocks and `blocks_of(slot)` are for ADAPTIVE: what G is at first, and the size of an entry."""
-        self.use_policy_locked(as_policy(policy), ghosts)
-        self._capacity = capacity or num_slots
-        self._blocks_of = blocks_of or (lambda slot: -(-self._entry_of[slot].size // BLOCK_SIZE) or 1)
-        self._lock = threading.Lock()
-        self._slot_of: dict[str, int] = {}
-        self._entry_of: dict[int, CacheEntry] = {}
-        self._free_slots: list[int] = []
-        if buffer is None:
-            self._use_memory_of_its_own(num_slots)
-            self.rebuild_locked(())
-        else:
-            self._use_buffer(buffer, num_slots)
+    is_adaptive = False
+
+    def __init__(self, policy: EvictionPolicy, buffer: memoryview, num_slots: int) -> None:
+        self.policy = policy
+        self.num_slots = num_slots
+        self._halves = buffer.cast("I")
+        self._words = buffer.cast("q")
+        self._nodes = _BUCKETS + _BUCKET_HALVES * num_slots
+        self._key_of = POLICY_KEY[policy]
+        self._is_fifo, self._is_lfu = policy is EvictionPolicy.FIFO, policy is EvictionPolicy.LFU
+        self._has_keys = policy not in (EvictionPolicy.LRU, EvictionPolicy.FIFO)  # else one bucket at most
 
     @staticmethod
     def buffer_bytes(num_slots: int) -> int:
         """Size of the order buffer."""
         return 4 * (_BUCKETS + _BUCKET_HALVES * num_slots + _NODE_HALVES * (num_slots + 1))
 
-    @staticmethod
-    def ghost_bytes(num_slots: int) -> int:
-        """Size of the buffer of ghosts."""
-        return 24 * GHOSTS_PER_SLOT * num_slots
+    def take_over(self, other: EvictionOrder, slots: Iterable[int]) -> None:
+        """Become what another order of the same policy, over a smaller buffer, is; these slots are in it."""
+        size = (other.num_slots + 1) * _NODE_HALVES
+        self._halves[self._nodes : self._nodes + size] = other._halves[other._nodes : other._nodes + size]
+        for word in (_CLOCK, _GAP, _WEIGHTS):
+            self._words[word] = other._words[word]
+        self.rebuild(slots)
 
-    def use_policy_locked(self, policy: EvictionPolicy, ghosts: memoryview | None) -> None:
-        """Go by this policy from now on; `rebuild_locked` must follow. ADAPTIVE needs a buffer of ghosts."""
-        self.policy = policy
-        self._key_of = POLICY_KEY[policy]
-        self._is_fifo, self._is_lfu = policy is EvictionPolicy.FIFO, policy is EvictionPolicy.LFU
-        self.is_adaptive = policy is EvictionPolicy.ADAPTIVE
-        self._has_keys = policy not in (EvictionPolicy.LRU, EvictionPolicy.FIFO)  # else one bucket at most
-        self._ghosts = memoryview(b"" if ghosts is None else ghosts).cast("q")
-
-    def _use_buffer(self, buffer: memoryview, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self._halves = buffer.cast("I")
-        self._words = buffer.cast("q")
-        self._nodes = _BUCKETS + _BUCKET_HALVES * num_slots
-        self._ghost_sets = GHOSTS_PER_SLOT * num_slots // _GHOST_WAYS
-
-    def _use_memory_of_its_own(self, num_slots: int) -> None:
-        self._use_buffer(memoryview(bytearray(self.buffer_bytes(num_slots))), num_slots)
-        ghosts = memoryview(bytearray(self.ghost_bytes(num_slots))) if self.is_adaptive else None
-        self.use_policy_locked(self.policy, ghosts)
-
-    # --- by key, alone -----------------------------------------------------------------------------------------------
-
-    def add(self, entry: CacheEntry) -> None:
-        """Track an entry as the most recently used one; one of the same key is replaced."""
-        if not isinstance(entry, CacheEntry):
-            raise InvalidArgumentError(f"entry is a {type(entry).__name__}, it must be a CacheEntry")
-        check_int("size", entry.size, 0)
-        count, priority = (
-            check_int("access_count", entry.access_count, 0, MAX_ACCESS_COUNT),
-            check_int("priority", entry.priority, I64_MIN),
-        )
-        with self._lock:
-            self._remove(entry.key)
-            if not self._free_slots and len(self._entry_of) == self.num_slots:
-                self._grow()
-            slot = self._free_slots.pop() if self._free_slots else len(self._entry_of) + 1
-            self._slot_of[entry.key] = slot
-            self._entry_of[slot] = entry
-            self.stamp_locked(slot, count or self.recall_locked(entry.key.encode()), priority)
-            self.link_locked(slot)
-
-    def access(self, key: str) -> None:
-        """Count a use of an entry; an unknown key is ignored."""
-        with self._lock:
-            slot = self._slot_of.get(key)
-            if slot is not None:
-                self.touch_locked(slot)
-                self._entry_of[slot].access_count += 1
-                self._entry_of[slot].last_accessed = time.time()
-
-    def touch(self, keys: Sequence[str], ends_prompt: bool = False) -> None:
-        """Count a use of each entry of a path, root first, as `KVCachePool.touch` does; unknown keys are ignored."""
-        check_keys(keys)
-        with self._lock:
-            path = [self._slot_of[key] for key in dict.fromkeys(keys) if key in self._slot_of]
-            self.touch_path_locked(path, ends_prompt=ends_prompt)
-            for slot in path:
-                self._entry_of[slot].access_count += 1
-                self._entry_of[slot].last_accessed = time.time()
-
-    def remove(self, key: str, evicted: bool = False) -> None:
-        """Forget an entry; an unknown key is ignored. One that was `evicted` leaves a ghost under ADAPTIVE."""
-        with self._lock:
-            if evicted and key in self._slot_of:
-                self.remember_locked(self._slot_of[key], key.encode())
-            self._remove(key)
-
-    def configure_adaptive(self, weights: Mapping[str, float] | None) -> None:
-        """Let ADAPTIVE go by these weights, see `KVCachePool.configure_adaptive`; None: by reuse gaps again."""
-        packed = pack_weights(weights)
-        with self._lock:
-            self.configure_locked(packed)
-
-    def get_eviction_candidates(self, count: int) -> list[str]:
-        """Up to `count` keys, next victim first."""
-        check_int("count", count, 0)
-        with self._lock:
-            return [self._entry_of[slot].key for slot in itertools.islice(self.victims_locked(), count)]
-
-    def get_all_entries(self) -> list[CacheEntry]:
-        """Return all tracked entries, in the order they were added."""
-        with self._lock:
-            return [self._entry_of[slot] for slot in self._slot_of.values()]
-
-    def _remove(self, key: str) -> None:
-        slot = self._slot_of.pop(key, None)
-        if slot is not None:
-            self.unlink_locked(slot)
-            del self._entry_of[slot]
-            self._free_slots.append(slot)
-
-    def _grow(self) -> None:
-        """Double the private buffer; the order, and what ADAPTIVE remembers, stay as they are."""
-        numbers = {slot: (self._halves[self._node(slot) + _TAIL], self.numbers_locked(slot)) for slot in self._entry_of}
-        clock, gap, weights = self._words[_CLOCK], self._words[_GAP], self._words[_WEIGHTS]
-        ghosts = self._ghosts
-        self._use_memory_of_its_own(2 * self.num_slots)
-        for slot, (tail, (sequence, count, priority)) in numbers.items():
-            word = self._node(slot) >> 1
-            self._halves[2 * word + _TAIL] = tail
-            self._words[word + _SEQUENCE] = sequence
-            self._words[word + _COUNT] = count
-            self._words[word + _PRIORITY] = priority
-        for at in range(0, len(ghosts), 3):
-            if ghosts[at]:  # each set splits in two, so all can keep their places in it
-                words_per_set = 3 * _GHOST_WAYS
-                new = words_per_set * (ghosts[at] % self._ghost_sets) + at % words_per_set
-                self._ghosts[new : new + 3] = ghosts[at : at + 3]
-        self._words[_CLOCK], self._words[_GAP], self._words[_WEIGHTS] = clock, gap, weights
-        self.rebuild_locked(numbers)
-
-    # --- by slot, in a pool ------------------------------------------------------------------------------------------
+    # --- changing ----------------------------------------------------------------------------------------------------
 
     def _node(self, slot: int) -> int:
         return self._nodes + slot * _NODE_HALVES
 
-    def stamp_locked(self, slot: int, count: int, priority: int) -> None:
+    def stamp(self, slot: int, count: int, priority: int) -> None:
         """Give a slot its numbers: the next sequence number, a use count, a priority."""
         words = self._words
         word = (self._nodes + slot * _NODE_HALVES) >> 1
-        step = 1
-        if self.is_adaptive:
-            step = self._blocks_of(slot)
-            self._halves[2 * word + _TAIL] = 0
-        words[_CLOCK] = sequence = words[_CLOCK] + step
-        words[word + _SEQUENCE] = sequence
+        words[_CLOCK] = words[word + _SEQUENCE] = words[_CLOCK] + 1
         words[word + _COUNT] = count
         words[word + _PRIORITY] = priority
 
-    def numbers_locked(self, slot: int) -> tuple[int, int, int]:
+    def numbers(self, slot: int) -> tuple[int, int, int]:
         """Return (sequence number, use count, priority) of a slot."""
         word = (self._nodes + slot * _NODE_HALVES) >> 1
         sequence, count, priority = self._words[word + _SEQUENCE : word + _PRIORITY + 1]
         return sequence, count, priority
 
-    def link_locked(self, slot: int) -> None:
+    def link(self, slot: int) -> None:
         """Put a stamped slot into the order, behind all others of its key."""
         halves, words = self._halves, self._words
         node = self._nodes + slot * _NODE_HALVES
         bucket = halves[_RING + _LOWER]  # the highest one; restored entries come in ascending order
         if self._has_keys or bucket == _RING:
-            key = self._key_locked(node)
+            key = self._key(node)
             if bucket != _RING and words[(bucket >> 1) + _KEY] > key:
                 bucket = halves[_RING + _HIGHER]
                 while words[(bucket >> 1) + _KEY] < key:
@@ -1336,7 +1202,7 @@ class EvictionManager:
         halves[last + _NEXT] = node
         halves[bucket] = node
 
-    def unlink_locked(self, slot: int) -> None:
+    def unlink(self, slot: int) -> None:
         """Take a slot out of the order."""
         halves = self._halves
         node = self._node(slot)
@@ -1346,44 +1212,31 @@ class EvictionManager:
         if before == behind:  # both are the bucket itself, now empty
             self._drop_bucket(before)
 
-    def touch_locked(self, slot: int) -> None:
+    def touch(self, slot: int) -> None:
         """Count a use of a slot and move it where the policy wants it."""
-        if self.is_adaptive:
-            self.touch_path_locked((slot,))
-            return
         words = self._words
         word = ((self._nodes + slot * _NODE_HALVES) >> 1) + _COUNT
         words[word] = count = words[word] + 1
         if not self._is_fifo:
-            self.renew_locked(slot, count if self._is_lfu else None)
+            self.renew(slot, count if self._is_lfu else None)
 
-    def touch_all_locked(self, slots: list[int]) -> None:
+    def touch_all(self, slots: list[int]) -> None:
         """Count uses of slots, in this order; a slot may be there several times."""
-        if self.is_adaptive:
-            for slot in slots:
-                self.touch_path_locked((slot,))
-            return
         words, nodes, counts = self._words, self._nodes, Counter(slots)
         for slot in reversed(dict.fromkeys(reversed(slots))):  # the last use of each decides its place
             if self._is_lfu:
                 for _ in range(counts[slot]):
-                    self.touch_locked(slot)
+                    self.touch(slot)
                 continue
             words[((nodes + slot * _NODE_HALVES) >> 1) + _COUNT] += counts[slot]
             if not self._is_fifo:
-                self.renew_locked(slot)
+                self.renew(slot)
 
-    def replace_locked(self, slot: int) -> None:
+    def replace(self, slot: int) -> None:
         """Queue a slot whose value is replaced: like a new one, with the use count and priority that it has."""
-        if not self.is_adaptive:
-            self.renew_locked(slot)
-            return
-        _, count, priority = self.numbers_locked(slot)
-        self.unlink_locked(slot)
-        self.stamp_locked(slot, count, priority)
-        self.link_locked(slot)
+        self.renew(slot)
 
-    def renew_locked(self, slot: int, new_key: int | None = None) -> None:
+    def renew(self, slot: int, new_key: int | None = None) -> None:
         """Move a slot behind all others of its key, or of the new one, which is not lower."""
         halves, words = self._halves, self._words
         node = self._nodes + slot * _NODE_HALVES
@@ -1411,7 +1264,7 @@ class EvictionManager:
         if before == behind:
             self._drop_bucket(bucket)
 
-    def touch_path_locked(
+    def touch_path(
         self, path: Sequence[int], unused: Container[int] = (), ends_prompt: bool = False, least: Least = NO_LEAST
     ) -> Least:
         """Count a use of the slots of one path, root first, so that under every policy a child goes before its parent.
@@ -1422,157 +1275,44 @@ class EvictionManager:
         """
         least_count, least_priority = least
         words, nodes = self._words, self._nodes
-        clock, gaps = words[_CLOCK], []
         for slot in reversed(path):
             word = (nodes + slot * _NODE_HALVES) >> 1
-            sequence, count, priority = words[word + _SEQUENCE : word + _PRIORITY + 1]
-            is_new = not count
+            _, count, priority = words[word + _SEQUENCE : word + _PRIORITY + 1]
             if slot not in unused:
-                if is_new:
-                    gaps.append(max(clock - sequence, 1))
                 count += 1
             least_count, least_priority = max(count, least_count), max(priority, least_priority)
-            if not self._has_keys:  # one list for all
+            if self._has_keys:
+                self.unlink(slot)
+                self.stamp(slot, least_count, least_priority)
+                self.link(slot)
+            else:  # one list for all
                 words[word + _COUNT], words[word + _PRIORITY] = least_count, least_priority
-                self.renew_locked(slot)
-                continue
-            self.unlink_locked(slot)
-            self.stamp_locked(slot, least_count, least_priority)
-            if ends_prompt and self.is_adaptive and is_new:  # one that was used again is like any other
-                self._halves[2 * word + _TAIL] = 1
-            ends_prompt = False  # for those above it
-            self.link_locked(slot)
-        if gaps and self.is_adaptive:
-            self._learn_locked(gaps)
+                self.renew(slot)
         return least_count, least_priority
 
-    # --- the policy ADAPTIVE -----------------------------------------------------------------------------------------
+    def remember(self, slot: int, key: bytes) -> None:
+        """Note that the entry in a slot, of that key, is about to be evicted."""
 
-    def _mean_locked(self) -> float:
-        """Return the running mean of the logarithms of gaps."""
-        learnt = self._words[_GAP]
-        return learnt / (1 << 32) if 0 < learnt < 64 << 32 else math.log(self._capacity)
+    def recall(self, key: bytes) -> int:
+        """How often an entry that is stored now was used before it was evicted, as far as that is known."""
+        return 0
 
-    def _learn_locked(self, gaps: Sequence[int]) -> None:
-        """Take in the gaps, in blocks, between the first and the second use of entries."""
-        mean, count = self._mean_locked(), len(gaps)
-        mean += (sum(map(math.log, gaps)) / count - mean) * count / (count + GAP_MEMORY)
-        self._words[_GAP] = max(1, int(mean * (1 << 32)))
-
-    def remember_locked(self, slot: int, key: bytes) -> None:
-        """Leave a ghost of an entry that is about to be evicted; the oldest of its set makes room."""
-        if not self.is_adaptive:
-            return
-        words, ghosts, digest = self._words, self._ghosts, key_digest(key)
-        word = (self._nodes + slot * _NODE_HALVES) >> 1
-        at = 3 * _GHOST_WAYS * (digest % self._ghost_sets)
-        found = _GHOST_SET.unpack(ghosts[at : at + 3 * _GHOST_WAYS])
-        digests, last = found[::3], found[1::3]
-        at += 3 * (digests.index(0) if 0 in digests else last.index(min(last)))
-        ghosts[at] = 0
-        ghosts[at + 1] = words[word + _SEQUENCE]
-        ghosts[at + 2] = words[word + _COUNT]
-        ghosts[at] = digest
-
-    def recall_locked(self, key: bytes) -> int:
-        """How often an entry that is stored now was used before, as far as its ghost tells, which goes."""
-        if not self.is_adaptive:
-            return 0
-        ghosts, digest = self._ghosts, key_digest(key)
-        at = 3 * _GHOST_WAYS * (digest % self._ghost_sets)
-        found = _GHOST_SET.unpack(ghosts[at : at + 3 * _GHOST_WAYS])
-        if digest not in found[::3]:
-            return 0
-        place = 3 * found[::3].index(digest)
-        at += place
-        sequence: int = found[place + 1]
-        count: int = found[place + 2]
-        ghosts[at] = 0
-        if not count:
-            self._learn_locked([max(self._words[_CLOCK] - sequence, 1)])
-        return count + 1
-
-    def configure_locked(self, packed_weights: int) -> None:
-        """Let ADAPTIVE go by these weights, 0: by reuse gaps."""
+    def configure(self, packed_weights: int) -> None:
+        """Let ADAPTIVE, now or later, go by these weights; 0: by reuse gaps."""
         self._words[_WEIGHTS] = packed_weights
 
-    def forget_ends_locked(self, slots: Iterable[int]) -> None:
-        """Take no slot for the end of a prompt any more, as other policies than ADAPTIVE don't keep that up to date."""
+    def forget_ends(self, slots: Iterable[int]) -> None:
+        """Take no slot for the end of a prompt any more: only ADAPTIVE keeps that up to date."""
         for slot in slots:
             self._halves[self._node(slot) + _TAIL] = 0
 
-    def weights_locked(self) -> dict[str, float] | None:
-        """Return the weights that ADAPTIVE goes by; None: by reuse gaps."""
-        return unpack_weights(self._words[_WEIGHTS])
+    # --- looking -----------------------------------------------------------------------------------------------------
 
-    def _cheapest_locked(self) -> Iterator[int]:
-        """Slots by worth, of which only the heads of the buckets are compared."""
-        halves, words, blocks_of, nodes = self._halves, self._words, self._blocks_of, self._nodes
-        waste = self.waste_now_locked()
-        heads: list[tuple[float, int, int]] = []  # how much it should go, node, bucket
-        fresh = self._heads_locked()
-        for _ in range(self.num_slots):
-            for node, bucket in fresh:
-                key, word = words[(bucket >> 1) + _KEY], node >> 1
-                num_blocks = blocks_of((node - nodes) // _NODE_HALVES)
-                heads.append((waste(key, words[word + _SEQUENCE], words[word + _COUNT], num_blocks), node, bucket))
-            if not heads:
-                return
-            head = max(heads)
-            _, node, bucket = head
-            yield (node - nodes) // _NODE_HALVES
-            heads.remove(head)
-            node = halves[node + _NEXT]
-            fresh = [(node, bucket)] if node != bucket else []
-        if heads or fresh:
-            raise IndexError
-
-    def _heads_locked(self) -> list[tuple[int, int]]:
-        """Return (node, bucket) of the first of each bucket."""
-        halves = self._halves
-        heads: list[tuple[int, int]] = []
-        bucket = halves[_RING + _HIGHER]
-        while bucket != _RING and len(heads) < len(REUSE_BONUS):
-            heads.append((halves[bucket + _FIRST], bucket))
-            bucket = halves[bucket + _HIGHER]
-        return heads
-
-    def waste_now_locked(self) -> Callable[[int, int, int, int], float]:
-        """How much an entry should go as of now, from its policy key, sequence number, use count and blocks.
-
-        Nothing in it depends on other entries, nor would the order then.
-        """
-        words, capacity = self._words, self._capacity
-        clock, gap = words[_CLOCK], math.exp(self._mean_locked())
-        by_name = words[_WEIGHTS] and self.weights_locked()
-        if not by_name:  # how far below the greatest possible worth, once for every block
-            return lambda key, sequence, _, num_blocks: (clock - sequence + REUSE_LACK[key] * gap) * num_blocks
-        recency, frequency, size = by_name.values()
-
-        def weigh(_: int, sequence: int, count: int, num_blocks: int) -> float:
-            age = clock - sequence
-            seldom = 1 - min(count, 3) / 3
-            return recency * age / (age + capacity) + frequency * seldom + size * (1 - 1 / (num_blocks or 1))
-
-        return weigh
-
-    def copy_locked(self, slot: int) -> bytes:
-        """Return the node of a slot."""
-        node = self._nodes + slot * _NODE_HALVES
-        return self._halves[node : node + _NODE_HALVES].tobytes()
-
-    def note_of(self, is_tail: int, sequence: int, count: int, priority: int, slot: int, num_blocks: int) -> Note:
-        """Return what the place of a slot in the order depends on, for `in_victim_order`."""
-        key = 0 if is_tail and self.is_adaptive else self._key_of(count, priority)
-        return key, sequence, slot, count, num_blocks
-
-    # --- walking, rebuilding, checking -------------------------------------------------------------------------------
-
-    def victims_locked(self) -> Iterator[int]:
+    def victims(self) -> Iterator[int]:
         """Slots, next victim first. The order must not change meanwhile."""
-        return self._cheapest_locked() if self.is_adaptive else self._walk_locked()
+        return self._walk()
 
-    def _walk_locked(self) -> Iterator[int]:
+    def _walk(self) -> Iterator[int]:
         """Slots bucket by bucket."""
         halves = self._halves
         left = 2 * self.num_slots  # links that go in a circle must not hang anybody
@@ -1590,17 +1330,36 @@ class EvictionManager:
             if not left:
                 raise IndexError
 
-    def sort_key_locked(self, slot: int) -> tuple[int, int]:
+    def sort_key(self, slot: int) -> tuple[int, int]:
         """Return what the order is sorted by: (policy key, sequence number)."""
         node = self._node(slot)
-        return self._key_locked(node), self._words[(node >> 1) + _SEQUENCE]
+        return self._key(node), self._words[(node >> 1) + _SEQUENCE]
 
-    def _key_locked(self, node: int) -> int:
-        if self.is_adaptive and self._halves[node + _TAIL]:
-            return 0
+    def _key(self, node: int) -> int:
         return self._key_of(self._words[(node >> 1) + _COUNT], self._words[(node >> 1) + _PRIORITY])
 
-    def oldest_first_locked(self, slots: Iterable[int]) -> list[int]:
+    def _tails(self, top: int) -> list[int]:
+        """Return, of the slots from 0 to `top`, which come before all others."""
+        return [0] * (top + 1)
+
+    def copy(self, slot: int) -> bytes:
+        """Return the node of a slot."""
+        node = self._nodes + slot * _NODE_HALVES
+        return self._halves[node : node + _NODE_HALVES].tobytes()
+
+    def note_of(self, is_tail: int, sequence: int, count: int, priority: int, slot: int, num_blocks: int) -> Note:
+        """Return what the place of a slot in the order depends on, for `in_victim_order`."""
+        return self._key_of(count, priority), sequence, slot, count, num_blocks
+
+    def waste_now(self) -> Waste | None:
+        """Return `waste` for `in_victim_order`; None: bucket by bucket."""
+        return None
+
+    def weights(self) -> dict[str, float] | None:
+        """Return the weights that ADAPTIVE goes by; None: by reuse gaps."""
+        return None
+
+    def oldest_first(self, slots: Iterable[int]) -> list[int]:
         """Return these slots by sequence number: 0.1 us each."""
         slots = list(slots)
         return sorted(slots, key=self._column(_SEQUENCE, max(slots, default=0)).__getitem__)
@@ -1611,17 +1370,19 @@ class EvictionManager:
         column: list[int] = self._words[first : first + top * (_NODE_HALVES >> 1) + 1 : _NODE_HALVES >> 1].tolist()
         return column
 
-    def rebuild_locked(self, slots: Iterable[int]) -> None:
+    # --- rebuilding and checking -------------------------------------------------------------------------------------
+
+    def rebuild(self, slots: Iterable[int]) -> None:
         """Link just these slots, from their numbers: about 1 us each, column by column."""
         halves, words, nodes = self._halves, self._words, self._nodes
         slots = list(slots)
         top = max(slots, default=0)
         end = nodes + (top + 1) * _NODE_HALVES
         sequences, counts, priorities = (self._column(word, top) for word in (_SEQUENCE, _COUNT, _PRIORITY))
-        tails = halves[nodes + _TAIL : end : _NODE_HALVES].tolist() if self.is_adaptive else [0] * (top + 1)
+        tails = self._tails(top)
         if any(not (0 <= sequences[slot] < 1 << 62 and 0 <= counts[slot] < 1 << 62) for slot in slots):
             # Stray writes; no pool gets that far.
-            for number, slot in enumerate(sorted(slots, key=self.sort_key_locked), 1):
+            for number, slot in enumerate(sorted(slots, key=self.sort_key), 1):
                 if not (0 <= sequences[slot] < 1 << 62 and 0 <= counts[slot] < 1 << 62):
                     words[(self._node(slot) >> 1) + _SEQUENCE] = sequences[slot] = number
                     words[(self._node(slot) >> 1) + _COUNT] = counts[slot] = 0
@@ -1657,11 +1418,11 @@ class EvictionManager:
         for at, column in zip((_PREV, _NEXT, _BUCKET), links, strict=True):
             halves[nodes + at : end : _NODE_HALVES] = _words32(column)
 
-    def check_locked(self, slots: Iterable[int]) -> list[str]:
+    def check(self, slots: Iterable[int]) -> list[str]:
         """Problems found when comparing the order with these slots, which are the ones that should be in it."""
-        expected = sorted(slots, key=self.sort_key_locked)
+        expected = sorted(slots, key=self.sort_key)
         try:
-            found = list(itertools.islice(self._walk_locked(), len(expected) + 1))
+            found = list(itertools.islice(self._walk(), len(expected) + 1))
         except IndexError:
             return ["the eviction order leads out of the index"]
         if found == expected:
@@ -1693,6 +1454,319 @@ class EvictionManager:
         halves[higher + _LOWER] = lower
         halves[bucket + _HIGHER] = self._words[_FREE_BUCKET]
         self._words[_FREE_BUCKET] = bucket
+
+
+class AdaptiveOrder(EvictionOrder):
+    """The order of the policy ADAPTIVE: by worth, of which only the heads of the buckets are compared.
+
+    There is a bucket each for entries put but not used since, used once, twice, and more often, and one for those
+    that end a prompt and were not used before. An entry is worth its last use plus a bonus for its bucket:
+    `REUSE_BONUS` times G, the typical gap between the first and second use of an entry, which is the exponential of a
+    running mean of the gaps' logarithms. Time is counted in blocks touched. The victim is the cheapest of the
+    bucket's heads, and of heads of several sizes the one that frees most: the distance to the greatest possible worth
+    counts once for every block. Ghosts remember the uses of entries evicted lately, so that one that comes back is
+    not taken for new, and G learns from its gap.
+    With weights, the same heads are compared by a weighted sum of three numbers from 0 to 1 instead: how long unused,
+    age / (age + capacity); how seldom used, of three times; how large, 1 - 1 / blocks.
+    """
+
+    is_adaptive = True
+
+    def __init__(
+        self,
+        buffer: memoryview,
+        num_slots: int,
+        capacity: int,
+        blocks_of: Callable[[int], int],
+        ghosts: memoryview,
+    ) -> None:
+        """`capacity` in blocks is what G is at first; `blocks_of(slot)` is the size of an entry."""
+        super().__init__(EvictionPolicy.ADAPTIVE, buffer, num_slots)
+        self._capacity = capacity
+        self._blocks_of = blocks_of
+        self._ghosts = ghosts.cast("q")
+        self._ghost_sets = GHOSTS_PER_SLOT * num_slots // _GHOST_WAYS
+
+    @staticmethod
+    def ghost_bytes(num_slots: int) -> int:
+        """Size of the buffer of ghosts."""
+        return 24 * GHOSTS_PER_SLOT * num_slots
+
+    def take_over(self, other: EvictionOrder, slots: Iterable[int]) -> None:
+        ghosts = cast(AdaptiveOrder, other)._ghosts
+        words_per_set = 3 * _GHOST_WAYS
+        for at in range(0, len(ghosts), 3):
+            if ghosts[at]:  # each set splits in two, so all can keep their places in it
+                new = words_per_set * (ghosts[at] % self._ghost_sets) + at % words_per_set
+                self._ghosts[new : new + 3] = ghosts[at : at + 3]
+        super().take_over(other, slots)
+
+    # --- changing ----------------------------------------------------------------------------------------------------
+
+    def stamp(self, slot: int, count: int, priority: int) -> None:
+        self._halves[self._node(slot) + _TAIL] = 0
+        self._words[_CLOCK] += self._blocks_of(slot) - 1
+        super().stamp(slot, count, priority)
+
+    def touch(self, slot: int) -> None:
+        self.touch_path((slot,))
+
+    def touch_all(self, slots: list[int]) -> None:
+        for slot in slots:
+            self.touch_path((slot,))
+
+    def replace(self, slot: int) -> None:
+        _, count, priority = self.numbers(slot)
+        self.unlink(slot)
+        self.stamp(slot, count, priority)
+        self.link(slot)
+
+    def touch_path(
+        self, path: Sequence[int], unused: Container[int] = (), ends_prompt: bool = False, least: Least = NO_LEAST
+    ) -> Least:
+        clock = self._words[_CLOCK]
+        numbers = list(map(self.numbers, path))
+        ends_prompt = ends_prompt and bool(path) and not numbers[-1][1]  # one that was used again is like any other
+        least = super().touch_path(path, unused, False, least)
+        if ends_prompt:
+            self.unlink(path[-1])
+            self._halves[self._node(path[-1]) + _TAIL] = 1
+            self.link(path[-1])
+        gaps = [
+            max(clock - sequence, 1)
+            for slot, (sequence, count, _) in zip(path, numbers, strict=True)
+            if not count and slot not in unused
+        ]
+        if gaps:
+            self._learn(gaps)
+        return least
+
+    def _mean(self) -> float:
+        """Return the running mean of the logarithms of gaps."""
+        learnt = self._words[_GAP]
+        return learnt / (1 << 32) if 0 < learnt < 64 << 32 else math.log(self._capacity)
+
+    def _learn(self, gaps: Sequence[int]) -> None:
+        """Take in the gaps, in blocks, between the first and the second use of entries."""
+        mean, count = self._mean(), len(gaps)
+        mean += (sum(map(math.log, gaps)) / count - mean) * count / (count + GAP_MEMORY)
+        self._words[_GAP] = max(1, int(mean * (1 << 32)))
+
+    def remember(self, slot: int, key: bytes) -> None:
+        """Leave a ghost of an entry that is about to be evicted; the oldest of its set makes room."""
+        words, ghosts, digest = self._words, self._ghosts, key_digest(key)
+        word = (self._nodes + slot * _NODE_HALVES) >> 1
+        at = 3 * _GHOST_WAYS * (digest % self._ghost_sets)
+        found = _GHOST_SET.unpack(ghosts[at : at + 3 * _GHOST_WAYS])
+        digests, last = found[::3], found[1::3]
+        at += 3 * (digests.index(0) if 0 in digests else last.index(min(last)))
+        ghosts[at] = 0
+        ghosts[at + 1] = words[word + _SEQUENCE]
+        ghosts[at + 2] = words[word + _COUNT]
+        ghosts[at] = digest
+
+    def recall(self, key: bytes) -> int:
+        """How often an entry that is stored now was used before, as far as its ghost tells, which goes."""
+        ghosts, digest = self._ghosts, key_digest(key)
+        at = 3 * _GHOST_WAYS * (digest % self._ghost_sets)
+        found = _GHOST_SET.unpack(ghosts[at : at + 3 * _GHOST_WAYS])
+        if digest not in found[::3]:
+            return 0
+        place = 3 * found[::3].index(digest)
+        at += place
+        sequence: int = found[place + 1]
+        count: int = found[place + 2]
+        ghosts[at] = 0
+        if not count:
+            self._learn([max(self._words[_CLOCK] - sequence, 1)])
+        return count + 1
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, float] | None:
+        return unpack_weights(self._words[_WEIGHTS])
+
+    def victims(self) -> Iterator[int]:
+        halves, words, blocks_of, nodes = self._halves, self._words, self._blocks_of, self._nodes
+        waste = self.waste_now()
+        heads: list[tuple[float, int, int]] = []  # how much it should go, node, bucket
+        fresh = self._heads()
+        for _ in range(self.num_slots):
+            for node, bucket in fresh:
+                key, word = words[(bucket >> 1) + _KEY], node >> 1
+                num_blocks = blocks_of((node - nodes) // _NODE_HALVES)
+                heads.append((waste(key, words[word + _SEQUENCE], words[word + _COUNT], num_blocks), node, bucket))
+            if not heads:
+                return
+            head = max(heads)
+            _, node, bucket = head
+            yield (node - nodes) // _NODE_HALVES
+            heads.remove(head)
+            node = halves[node + _NEXT]
+            fresh = [(node, bucket)] if node != bucket else []
+        if heads or fresh:
+            raise IndexError
+
+    def _heads(self) -> list[tuple[int, int]]:
+        """Return (node, bucket) of the first of each bucket."""
+        halves = self._halves
+        heads: list[tuple[int, int]] = []
+        bucket = halves[_RING + _HIGHER]
+        while bucket != _RING and len(heads) < len(REUSE_BONUS):
+            heads.append((halves[bucket + _FIRST], bucket))
+            bucket = halves[bucket + _HIGHER]
+        return heads
+
+    def waste_now(self) -> Waste:
+        """How much an entry should go as of now, from its policy key, sequence number, use count and blocks.
+
+        Nothing in it depends on other entries, nor would the order then.
+        """
+        words, capacity = self._words, self._capacity
+        clock, gap = words[_CLOCK], math.exp(self._mean())
+        by_name = words[_WEIGHTS] and self.weights()
+        if not by_name:  # how far below the greatest possible worth, once for every block
+            return lambda key, sequence, _, num_blocks: (clock - sequence + REUSE_LACK[key] * gap) * num_blocks
+        recency, frequency, size = by_name.values()
+
+        def weigh(_: int, sequence: int, count: int, num_blocks: int) -> float:
+            age = clock - sequence
+            seldom = 1 - min(count, 3) / 3
+            return recency * age / (age + capacity) + frequency * seldom + size * (1 - 1 / (num_blocks or 1))
+
+        return weigh
+
+    def _key(self, node: int) -> int:
+        return 0 if self._halves[node + _TAIL] else super()._key(node)
+
+    def _tails(self, top: int) -> list[int]:
+        first = self._nodes + _TAIL
+        tails: list[int] = self._halves[first : first + top * _NODE_HALVES + 1 : _NODE_HALVES].tolist()
+        return tails
+
+    def note_of(self, is_tail: int, sequence: int, count: int, priority: int, slot: int, num_blocks: int) -> Note:
+        key = 0 if is_tail else self._key_of(count, priority)
+        return key, sequence, slot, count, num_blocks
+
+
+def order_over(
+    policy: EvictionPolicy,
+    buffer: memoryview,
+    num_slots: int,
+    capacity: int,
+    blocks_of: Callable[[int], int],
+    ghosts: memoryview | None,
+) -> EvictionOrder:
+    """Return the order of a policy over a buffer. `capacity` to `ghosts` are for ADAPTIVE: see `AdaptiveOrder`."""
+    if policy is EvictionPolicy.ADAPTIVE and ghosts is not None:
+        return AdaptiveOrder(buffer, num_slots, capacity, blocks_of, ghosts)
+    return EvictionOrder(policy, buffer, num_slots)
+
+
+def private_order(
+    policy: EvictionPolicy, num_slots: int, capacity: int, blocks_of: Callable[[int], int]
+) -> EvictionOrder:
+    """Return an empty order over private memory."""
+    buffer = memoryview(bytearray(EvictionOrder.buffer_bytes(num_slots)))
+    ghosts = memoryview(bytearray(AdaptiveOrder.ghost_bytes(num_slots)))
+    order = order_over(policy, buffer, num_slots, capacity, blocks_of, ghosts)
+    order.rebuild(())
+    return order
+
+
+class EvictionManager:
+    """An `EvictionOrder` by key, over private memory; all methods are thread-safe. A pool does without it."""
+
+    def __init__(self, policy: EvictionPolicy | str, *, num_slots: int = 64, capacity: int = 0) -> None:
+        """`num_slots`: how many entries there is room for, to begin with; `capacity`: see `AdaptiveOrder`."""
+        self._capacity = capacity or num_slots
+        self._lock = threading.Lock()
+        self._slot_of: dict[str, int] = {}
+        self._entry_of: dict[int, CacheEntry] = {}
+        self._free_slots: list[int] = []
+        self._order = private_order(as_policy(policy), num_slots, self._capacity, self._blocks_of)
+
+    @property
+    def policy(self) -> EvictionPolicy:
+        return self._order.policy
+
+    def _blocks_of(self, slot: int) -> int:
+        return -(-self._entry_of[slot].size // BLOCK_SIZE) or 1
+
+    def add(self, entry: CacheEntry) -> None:
+        """Track an entry as the most recently used one; one of the same key is replaced."""
+        if not isinstance(entry, CacheEntry):
+            raise InvalidArgumentError(f"entry is a {type(entry).__name__}, it must be a CacheEntry")
+        check_int("size", entry.size, 0)
+        count, priority = (
+            check_int("access_count", entry.access_count, 0, MAX_ACCESS_COUNT),
+            check_int("priority", entry.priority, I64_MIN),
+        )
+        with self._lock:
+            self._remove(entry.key)
+            if not self._free_slots and len(self._entry_of) == self._order.num_slots:
+                self._grow()
+            slot = self._free_slots.pop() if self._free_slots else len(self._entry_of) + 1
+            self._slot_of[entry.key] = slot
+            self._entry_of[slot] = entry
+            self._order.stamp(slot, count or self._order.recall(entry.key.encode()), priority)
+            self._order.link(slot)
+
+    def access(self, key: str) -> None:
+        """Count a use of an entry; an unknown key is ignored."""
+        with self._lock:
+            slot = self._slot_of.get(key)
+            if slot is not None:
+                self._order.touch(slot)
+                self._entry_of[slot].access_count += 1
+                self._entry_of[slot].last_accessed = time.time()
+
+    def touch(self, keys: Sequence[str], ends_prompt: bool = False) -> None:
+        """Count a use of each entry of a path, root first, as `KVCachePool.touch` does; unknown keys are ignored."""
+        check_keys(keys)
+        with self._lock:
+            path = [self._slot_of[key] for key in dict.fromkeys(keys) if key in self._slot_of]
+            self._order.touch_path(path, ends_prompt=ends_prompt)
+            for slot in path:
+                self._entry_of[slot].access_count += 1
+                self._entry_of[slot].last_accessed = time.time()
+
+    def remove(self, key: str, evicted: bool = False) -> None:
+        """Forget an entry; an unknown key is ignored. One that was `evicted` leaves a ghost under ADAPTIVE."""
+        with self._lock:
+            if evicted and key in self._slot_of:
+                self._order.remember(self._slot_of[key], key.encode())
+            self._remove(key)
+
+    def configure_adaptive(self, weights: Mapping[str, float] | None) -> None:
+        """Let ADAPTIVE go by these weights, see `KVCachePool.configure_adaptive`; None: by reuse gaps again."""
+        packed = pack_weights(weights)
+        with self._lock:
+            self._order.configure(packed)
+
+    def get_eviction_candidates(self, count: int) -> list[str]:
+        """Up to `count` keys, next victim first."""
+        check_int("count", count, 0)
+        with self._lock:
+            return [self._entry_of[slot].key for slot in itertools.islice(self._order.victims(), count)]
+
+    def get_all_entries(self) -> list[CacheEntry]:
+        """Return all tracked entries, in the order they were added."""
+        with self._lock:
+            return [self._entry_of[slot] for slot in self._slot_of.values()]
+
+    def _remove(self, key: str) -> None:
+        slot = self._slot_of.pop(key, None)
+        if slot is not None:
+            self._order.unlink(slot)
+            del self._entry_of[slot]
+            self._free_slots.append(slot)
+
+    def _grow(self) -> None:
+        """Double the private buffer; the order, and what ADAPTIVE remembers, stay as they are."""
+        order = private_order(self.policy, 2 * self._order.num_slots, self._capacity, self._blocks_of)
+        order.take_over(self._order, self._entry_of)
+        self._order = order
 
 
 # ======================================================================================================================
@@ -3323,15 +3397,16 @@ class Space:
             memory.buffer[HEADER_SIZE : geometry.data_offset],
             memory.words[ALLOCATED : ALLOCATED + BITMAP_COUNTERS],
         )
-        self.order = EvictionManager(
-            policy,
-            memory.buffer[geometry.order_offset : geometry.records_offset],
-            geometry.num_slots,
-            geometry.num_blocks,
-            self.table.blocks_of,
-            ghosts,
-        )
+        self._order_buffer = memory.buffer[geometry.order_offset : geometry.records_offset]
+        self.use_policy(policy, ghosts)
         self._num_recorded, self._accesses = geometry.num_recorded, geometry.accesses_offset >> 3
+
+    def use_policy(self, policy: EvictionPolicy, ghosts: memoryview | None) -> None:
+        """Go by the order of this policy from now on; `rebuild` must follow where the segment has another one's."""
+        geometry = self.geometry
+        self.order = order_over(
+            policy, self._order_buffer, geometry.num_slots, geometry.num_blocks, self.table.blocks_of, ghosts
+        )
 
     def act_for(self, session: int) -> None:
         """Pin and note uses for this session from now on."""
@@ -3372,6 +3447,11 @@ class Space:
             if old and self.table.state(old) != COMPLETE:
                 old = 0
         return start, old
+
+    def needs_slot(self) -> bool:
+        """Return True if a new entry needs the place of another one, once what dead processes left is freed."""
+        self.reclaim()
+        return self.is_full()
 
     def others_write(self) -> bool:
         """Return True if there are values on their way in by others, or deleted ones that are still pinned."""
@@ -3418,7 +3498,7 @@ class Space:
     def candidates(self, last: int = 0) -> Iterator[int]:
         """Slots that may be evicted, next victim first; the slot `last` comes last."""
         is_pinned = self.pins.is_pinned
-        for slot in self.order.victims_locked():
+        for slot in self.order.victims():
             if slot != last and not is_pinned(slot):
                 yield slot
         if last and not is_pinned(last):
@@ -3526,12 +3606,33 @@ class Space:
         words, all_free = self.words, True
         for slot in slots:
             words[DIRTY] = 1
-            if self.order.is_adaptive:
-                self.order.remember_locked(slot, self.table.key(slot))
+            if self.order.is_adaptive:  # the key costs something
+                self.order.remember(slot, self.table.key(slot))
             all_free = self._drop(slot) and all_free
             words[EVICTIONS] = words[EVICTIONS] + 1
             words[DIRTY] = self._unfinished
         return all_free
+
+    def evict_some(self, wanted: int) -> int:
+        """Evict so many entries in policy order, as far as they are not pinned; returns how many."""
+        victims = list(itertools.islice(self.candidates(), wanted))
+        if len(victims) < wanted and self.reclaim_dead():
+            victims = list(itertools.islice(self.candidates(), wanted))
+        self.evict(victims)
+        return len(victims)
+
+    def delete(self, key: bytes) -> bool:
+        """Remove an entry; False if there is none."""
+        slot = self.table.find(key)
+        if not slot:
+            return False
+        self.remove(slot)
+        return True
+
+    def delete_slot(self, key: bytes, slot: int) -> None:
+        """Remove an entry, if it is still the one in that slot."""
+        if self.table.find(key) == slot:
+            self.remove(slot)
 
     def _drop(self, slot: int) -> bool:
         """Take an entry out of the pool; its blocks follow when nobody reads them any more: False."""
@@ -3544,7 +3645,7 @@ class Space:
         if not pinned:
             table.set_state(slot, FREE)
         table.unlink(slot)
-        self.order.unlink_locked(slot)
+        self.order.unlink(slot)
         words[NUM_ENTRIES] = words[NUM_ENTRIES] - 1
         if pinned:
             words[NUM_BUSY] = words[NUM_BUSY] + 1
@@ -3641,7 +3742,7 @@ class Index(Space):
         words[HITS] = words[HITS] + count
         if uses:
             words[DIRTY] = 1
-            self.order.touch_all_locked([slot for _, slot in uses])
+            self.order.touch_all([slot for _, slot in uses])
             words[DIRTY] = self._unfinished
             boot = time.time() - time.monotonic()
             self.table.set_all_accessed({slot: boot + moment for moment, slot in uses})
@@ -3656,7 +3757,7 @@ class Index(Space):
             self.uses.count_miss()
             return 0
         words[DIRTY] = 1
-        self.order.touch_locked(slot)
+        self.order.touch(slot)
         words[DIRTY] = self._unfinished
         table.set_accessed(slot, time.time())
         words[HITS] = words[HITS] + 1
@@ -3735,14 +3836,14 @@ class Index(Space):
             yield use & 0xFFFFFFFF if self.table.is_current(use) else self.table.find(key)
 
     def touch(self, uses: Sequence[int], keys: Sequence[bytes], counts: bool, ends_prompt: bool, least: Least) -> Least:
-        """Queue a part of a path, see `EvictionManager.touch_path_locked`; `counts`: it is a use of each entry."""
+        """Queue a part of a path, see `EvictionOrder.touch_path`; `counts`: it is a use of each entry."""
         return self._touch(list(filter(None, self._resolve(uses, keys))), counts, ends_prompt, least)
 
     def _touch(
         self, slots: Sequence[int], counts: bool = True, ends_prompt: bool = False, least: Least = NO_LEAST
     ) -> Least:
         self.words[DIRTY] = 1
-        least = self.order.touch_path_locked(slots, () if counts else frozenset(slots), ends_prompt, least)
+        least = self.order.touch_path(slots, () if counts else frozenset(slots), ends_prompt, least)
         self.words[DIRTY] = self._unfinished
         self.table.set_all_accessed(dict.fromkeys(slots, time.time()))
         return least
@@ -3929,7 +4030,7 @@ class Index(Space):
             self._swap(old, *table.extent(slot))
             table.release(slot)
             slot = old
-            least = NO_LEAST if least is None else self.order.touch_path_locked((slot,), (slot,), False, least)
+            least = NO_LEAST if least is None else self.order.touch_path((slot,), (slot,), False, least)
         else:
             if saved is not None:
                 table.set_times(slot, saved.created, saved.accessed)
@@ -3948,17 +4049,17 @@ class Index(Space):
 
     def _uses_of(self, key: bytes, old: int) -> int:
         """Return the use count that a value begins with: that of the one it replaces, or of its ghost."""
-        return self.order.numbers_locked(old)[1] if old else self.order.recall_locked(key)
+        return self.order.numbers(old)[1] if old else self.order.recall(key)
 
     def _enter(self, slot: int, old: int, count: int, priority: int) -> None:
         """Make a record that has been filled in an entry, in place of `old`."""
         table, order, words = self.table, self.order, self.words
-        order.stamp_locked(slot, count, priority)
+        order.stamp(slot, count, priority)
         table.complete(slot)
         if old:
             self._drop(old)
         table.link(slot)
-        order.link_locked(slot)
+        order.link(slot)
         words[NUM_ENTRIES] = words[NUM_ENTRIES] + 1
         words[PUTS] = words[PUTS] + 1
 
@@ -3969,31 +4070,8 @@ class Index(Space):
         table.swap(slot, start, num_blocks)
         table.complete(slot)
         self.blocks.free_locked(*extent)
-        self.order.replace_locked(slot)
+        self.order.replace(slot)
         words[PUTS] = words[PUTS] + 1
-
-    # --- removing ----------------------------------------------------------------------------------------------------
-
-    def evict_some(self, wanted: int) -> int:
-        """Evict so many entries in policy order, as far as they are not pinned; returns how many."""
-        victims = list(itertools.islice(self.candidates(), wanted))
-        if len(victims) < wanted and self.reclaim_dead():
-            victims = list(itertools.islice(self.candidates(), wanted))
-        self.evict(victims)
-        return len(victims)
-
-    def delete(self, key: bytes) -> bool:
-        """Remove an entry; False if there is none."""
-        slot = self.table.find(key)
-        if not slot:
-            return False
-        self.remove(slot)
-        return True
-
-    def delete_slot(self, key: bytes, slot: int) -> None:
-        """Remove an entry, if it is still the one in that slot."""
-        if self.table.find(key) == slot:
-            self.remove(slot)
 
     # --- settling what was cut off -----------------------------------------------------------------------------------
 
@@ -4047,9 +4125,9 @@ class Index(Space):
             if slot not in kept:
                 table.set_state(slot, FREE)
         table.renew(entries)  # before any block is free: readers without the lock must notice
-        table.rebuild(self.order.oldest_first_locked(entries), others)
+        table.rebuild(self.order.oldest_first(entries), others)
         self.blocks.rebuild_locked(join_extents(extents))
-        self.order.rebuild_locked(entries)
+        self.order.rebuild(entries)
         self._is_rebuilding = False
         self._finish()
         return problems
@@ -4070,7 +4148,7 @@ class Index(Space):
                 continue
             twin = newest.setdefault(key, slot)
             if twin != slot:
-                older, newer = sorted((twin, slot), key=lambda s: self.order.numbers_locked(s)[0])
+                older, newer = sorted((twin, slot), key=lambda s: self.order.numbers(s)[0])
                 problems.append(f"slots {older} and {newer} both hold the key {key.decode()!r}")
                 newest[key] = newer
                 if self.pins.is_pinned(older):
@@ -4100,7 +4178,7 @@ class Index(Space):
         table = self.table
         problems, entries, others, extents = self._sound_records()
         problems += table.check(entries, sorted(others))
-        problems += self.order.check_locked(entries)
+        problems += self.order.check(entries)
         expected = BitmapAllocator(self.geometry.num_blocks)
         expected.rebuild_locked(join_extents(extents))
         if expected.to_bytes() != self.blocks.to_bytes():
@@ -4121,23 +4199,23 @@ class Index(Space):
 
     def set_policy(self, policy: EvictionPolicy, packed_weights: int, ghosts: memoryview | None) -> None:
         """Go by another policy, and let all handles follow."""
-        self.order.configure_locked(packed_weights)
+        self.order.configure(packed_weights)
         if policy is not self.order.policy:
             self.words[DIRTY] = self._unfinished = 1
-            self.order.forget_ends_locked(self.table.slots(COMPLETE))
+            self.order.forget_ends(self.table.slots(COMPLETE))
             self.words[POLICY] = 1 + list(EvictionPolicy).index(policy)
-            self.order.use_policy_locked(policy, ghosts)
+            self.use_policy(policy, ghosts)
             self.rebuild()
 
     def configure_adaptive(self, packed_weights: int) -> EvictionPolicy:
         """Let adaptive go by these weights, if that is the policy, which is returned."""
         if self.order.is_adaptive:
-            self.order.configure_locked(packed_weights)
+            self.order.configure(packed_weights)
         return self.order.policy
 
-    def waste_now(self) -> Callable[[int, int, int, int], float] | None:
-        """Return `waste` for `in_victim_order`."""
-        return self.order.waste_now_locked() if self.order.is_adaptive else None
+    def how_to_order(self) -> tuple[Callable[[int, int, int, int, int, int], Note], Waste | None]:
+        """Return (`note_of`, `waste` for `in_victim_order`), as of now."""
+        return self.order.note_of, self.order.waste_now()
 
     # --- describing --------------------------------------------------------------------------------------------------
 
@@ -4146,7 +4224,7 @@ class Index(Space):
 
         Making thousands of objects under the lock would start garbage collections there, and others would wait.
         """
-        return self.order.copy_locked(slot) + slot.to_bytes(4, "little") + self.table.copy(slot)
+        return self.order.copy(slot) + slot.to_bytes(4, "little") + self.table.copy(slot)
 
     def describe(self, key: bytes) -> bytes:
         """Return a copy of an entry, b"" if there is none."""
@@ -4198,11 +4276,6 @@ class Index(Space):
             values.append(memory[offset : offset + size])
         return now, values
 
-    def needs_slot(self) -> bool:
-        """Return True if a new entry needs the place of another one, once what dead processes left is freed."""
-        self.reclaim()
-        return self.is_full()
-
     def count_pinned(self, among: range) -> int:
         """Return how many entries in some slots are pinned."""
         return sum(self.table.state(slot) == COMPLETE for slot in self.pins.pinned(among))
@@ -4232,7 +4305,7 @@ class Index(Space):
             "free_blocks": free,
             "utilization_percent": 100 * allocated / total,
             "entry_count": words[NUM_ENTRIES],
-            "adaptive_weights": self.order.weights_locked() if self.order.is_adaptive else None,
+            "adaptive_weights": self.order.weights(),
             "hits": hits,
             "misses": misses,
             "hit_rate": hits / (hits + misses) if hits + misses else 0.0,
@@ -5084,7 +5157,7 @@ class _Handle:
         word = self._words[POLICY]
         policy = _policy_now(self._config, word)
         ghosts = segment.map_ghosts() if policy is EvictionPolicy.ADAPTIVE else None
-        self._index.order.use_policy_locked(policy, ghosts)
+        self._index.use_policy(policy, ghosts)
         self._config = replace(self._config, eviction_policy=policy.value)
         self._policy = word
 
@@ -5108,13 +5181,6 @@ class _Handle:
                 return
             time.sleep(STEP_PAUSE)
         self._locked(Index.forget_waiter)
-
-    def _each_part(self, parts: Iterable[_R]) -> Iterator[_R]:
-        """Return the parts of a path, and let a process that waits for the lock have it between two of them."""
-        for number, part in enumerate(parts):
-            if number and self._word(WAITED_FOR):
-                self._give_way()
-            yield part
 
     def _sweep(self, work: Callable[[Index, int], _R]) -> list[_R]:
         """Return what `work` returns for the slot of each entry, under the lock, which others get in between.
@@ -5716,7 +5782,7 @@ def _claim_byte(key: bytes) -> int:
 class PathViews(list["memoryview"]):
     """The values of a path, root first, in place: the pinned memoryviews that `KVCachePool.view_path` gives."""
 
-    def __init__(self, pool: _Handle, tokens: Sequence[int]) -> None:
+    def __init__(self, pool: _Paths, tokens: Sequence[int]) -> None:
         self._pool = pool
         self._tokens = tokens
 
@@ -5822,7 +5888,7 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
 
     def __init__(
         self,
-        pool: _Handle,
+        pool: _Paths,
         keys: list[bytes],
         sizes: list[int],
         metas: list[EntryMeta],
@@ -5999,6 +6065,13 @@ class _Paths(_Handle):
                 if use >= 0 and not words[DIRTY] and words[CHANGES] == changes:
                     return uses
         return None
+
+    def _each_part(self, parts: Iterable[_R]) -> Iterator[_R]:
+        """Return the parts of a path, and let a process that waits for the lock have it between two of them."""
+        for number, part in enumerate(parts):
+            if number and self._word(WAITED_FOR):
+                self._give_way()
+            yield part
 
     def touch(self, keys: Sequence[str], ends_prompt: bool = False) -> int:
         """Count a use of the entries of one path, root first, up to the first that is missing; returns how many.
@@ -6606,9 +6679,9 @@ class KVCachePool(_Paths):
 
     def _copy_all(self) -> list[bytes]:
         """Copies of all entries, for `_decode`, next victim first; made in steps, between which others get the lock."""
-        note_of = self._index.order.note_of
-        noted = [(note_of(*COPY_ORDER.unpack_from(copy)), copy) for copy in self._sweep(Index.copy)]
-        return in_victim_order(noted, self._locked(Index.waste_now))
+        copies = self._sweep(Index.copy)
+        note_of, waste = self._locked(Index.how_to_order)
+        return in_victim_order([(note_of(*COPY_ORDER.unpack_from(copy)), copy) for copy in copies], waste)
 
     def can_allocate(self, size: int) -> bool:
         """Return True if `allocate` of so many bytes would succeed now, evicting others if need be.
@@ -8216,7 +8289,7 @@ def replay(
     """(hits, usable hits) in block accesses, of a cache for `capacity` blocks, empty at first, that serves requests.
 
     A hit is usable when all blocks before it in its request are hits too. Every request is stored whole, its deepest
-    block queued first; then victims go until the rest fits. The order is that of an `EvictionManager`, as in a pool.
+    block queued first; then victims go until the rest fits. The order is an `EvictionOrder`, as in a pool.
     `policy` may be "optimum" (Belady's) or have weights, "adaptive:0.4/0.3/0.3" for recency, frequency and size. What
     a request names takes one block, or as many as `blocks` says; then the optimum is not one, only good.
 
@@ -8234,8 +8307,8 @@ def replay(
     slot_of: dict[int, int] = {}
     block_of = [0] * (num_slots + 1)
     kind, weights = split_policy(policy)
-    order = EvictionManager(kind, None, num_slots, capacity, lambda slot: blocks.get(block_of[slot], 1))
-    order.configure_adaptive(weights)
+    order = private_order(kind, num_slots, capacity, lambda slot: blocks.get(block_of[slot], 1))
+    order.configure(pack_weights(weights))
     used = 0
     free = list(range(num_slots, 0, -1))
     hits = usable = 0
@@ -8247,8 +8320,8 @@ def replay(
                 slot_of[block] = slot = free.pop()
                 block_of[slot] = block
                 used += blocks.get(block, 1)
-                order.stamp_locked(slot, order.recall_locked(b"%d" % block), 0)
-                order.link_locked(slot)
+                order.stamp(slot, order.recall(b"%d" % block), 0)
+                order.link(slot)
                 new.add(slot)
             elif not new:
                 usable += 1
@@ -8256,12 +8329,12 @@ def replay(
         hits += len(path) - len(new)
         if as_pool and len(path) == 1:
             if not new:
-                order.touch_locked(slot)
+                order.touch(slot)
         else:
-            order.touch_path_locked(path, new, ends_prompt=not as_pool)
+            order.touch_path(path, new, ends_prompt=not as_pool)
         victims: list[int] = []
         kept = set(path) if as_pool else set()
-        for slot in order.victims_locked() if used > capacity else ():
+        for slot in order.victims() if used > capacity else ():
             if slot not in kept:
                 victims.append(slot)
                 used -= blocks.get(block_of[slot], 1)
@@ -8271,8 +8344,8 @@ def replay(
             victims.append(path.pop())
             used -= blocks.get(block_of[victims[-1]], 1)
         for slot in victims:
-            order.remember_locked(slot, b"%d" % block_of[slot])
-            order.unlink_locked(slot)
+            order.remember(slot, b"%d" % block_of[slot])
+            order.unlink(slot)
             del slot_of[block_of[slot]]
             free.append(slot)
     return hits, usable

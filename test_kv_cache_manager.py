@@ -247,6 +247,9 @@ class FusedMemory:
             self._fuse.action()
         self._target[index] = value
 
+    def cast(self, form: str) -> FusedMemory:
+        return FusedMemory(self._target.cast(form), self._fuse)
+
     def move(self, target: int, source: int, count: int) -> None:
         if self._fuse.burn():
             self._target.move(target, source, count // 2)
@@ -963,9 +966,9 @@ class TestEvictionManager:
         order = manager.get_eviction_candidates(200)
         slots = list(manager._slot_of.values())
         chance.shuffle(slots)
-        assert manager.check_locked(slots) == []
-        assert manager.check_locked(slots[1:]) != []
-        manager.rebuild_locked(slots)
+        assert manager._order.check(slots) == []
+        assert manager._order.check(slots[1:]) != []
+        manager._order.rebuild(slots)
         assert manager.get_eviction_candidates(200) == order
         assert len(order) == 150
         manager.add(make_entry("last", access_count=1 << 40, priority=1 << 40))
@@ -991,7 +994,7 @@ class TestEvictionManager:
                     if number % 4:
                         manager.add(make_entry(victim))
             assert grown.get_eviction_candidates(9999) == roomy.get_eviction_candidates(9999)
-        assert grown.num_slots > 256
+        assert grown._order.num_slots > 256
 
 
 def apply_plan(layout: dict[int, tuple[int, int]], plan: kv.Plan, num_blocks: int) -> set[int]:
@@ -1443,23 +1446,23 @@ class TestIndex:
         index = make_index(32)
         for i in range(12):
             put_into(index, f"k{i}", SMALL)
-        order = list(index.order.victims_locked())
+        order = list(index.order.victims())
         first, last = index.geometry.heads_offset, index.geometry.records_offset
-        numbers = {slot: index.order.numbers_locked(slot) for slot in order}
+        numbers = {slot: index.order.numbers(slot) for slot in order}
         index.memory[first : first + 8 * index.geometry.num_slots] = bytes(8 * index.geometry.num_slots)
         index.memory[HEADER_SIZE : HEADER_SIZE + 8] = bytes(8)
         assert index.check(False)
         assert index.check(True)
         assert index.check(False) == []
-        assert list(index.order.victims_locked()) == order
-        assert {slot: index.order.numbers_locked(slot) for slot in order} == numbers
+        assert list(index.order.victims()) == order
+        assert {slot: index.order.numbers(slot) for slot in order} == numbers
         assert last > first
         assert index.get(b"k3", 0) == payload("k3", SMALL)
 
     def test_an_error_inside_a_change_leaves_it_dirty(self, monkeypatch: pytest.MonkeyPatch) -> None:
         index = make_index()
         put_into(index, "old", SMALL)
-        monkeypatch.setattr(index.order, "link_locked", lambda slot: interrupt())
+        monkeypatch.setattr(index.order, "link", lambda slot: interrupt())
         with pytest.raises(KeyboardInterrupt):
             put_into(index, "new", SMALL)
         monkeypatch.undo()
@@ -3171,15 +3174,15 @@ class TestAdaptive:
             assert_sound(pool)
 
     def test_ghosts_are_kept_for_sixteen_times_the_entries(self) -> None:
-        order = EvictionManager(EvictionPolicy.ADAPTIVE, num_slots=64)
-        order.add(make_entry("k"))
-        slot = order._slot_of["k"]
-        order.access("k")
+        manager = EvictionManager(EvictionPolicy.ADAPTIVE, num_slots=64)
+        manager.add(make_entry("k"))
+        slot = manager._slot_of["k"]
+        manager.access("k")
         for number in range(16 * 64):
-            order.remember_locked(slot, b"%d" % number)
-        found = sum(order.recall_locked(b"%d" % number) == 2 for number in range(16 * 64))
+            manager._order.remember(slot, b"%d" % number)
+        found = sum(manager._order.recall(b"%d" % number) == 2 for number in range(16 * 64))
         assert found > 12 * 64  # sets fill unevenly
-        assert not any(order.recall_locked(b"%d" % number) for number in range(16 * 64)), "a ghost is used up"
+        assert not any(manager._order.recall(b"%d" % number) for number in range(16 * 64)), "a ghost is used up"
 
     def test_used_twice_stays_longer_and_the_end_of_a_prompt_goes_first(self) -> None:
         with make_pool(8, eviction_policy="adaptive") as pool:
@@ -3208,12 +3211,12 @@ class TestAdaptive:
 
     def test_learns_the_gap_between_first_and_second_use(self) -> None:
         order = EvictionManager(EvictionPolicy.ADAPTIVE, capacity=1000)
-        assert math.exp(order._mean_locked()) == pytest.approx(1000)
+        assert math.exp(order._order._mean()) == pytest.approx(1000)
         for number in range(5000):
             order.add(make_entry(str(number)))
             order.access(str(number - 9))
             order.remove(str(number - 20))
-        assert math.exp(order._mean_locked()) == pytest.approx(17, rel=0.3)  # 9 puts and 9 uses, less the ends
+        assert math.exp(order._order._mean()) == pytest.approx(17, rel=0.3)  # 9 puts and 9 uses, less the ends
 
     def test_alone_a_path_is_touched_by_keys_and_what_is_evicted_leaves_a_ghost(self) -> None:
         order = EvictionManager(EvictionPolicy.ADAPTIVE)
@@ -3226,7 +3229,7 @@ class TestAdaptive:
             order.remove(key, evicted)
             order.add(make_entry(key))
         slots = order._slot_of
-        assert [order.numbers_locked(slots[key])[1] for key in ("end", "other")] == [2, 0]
+        assert [order._order.numbers(slots[key])[1] for key in ("end", "other")] == [2, 0]
 
 
 class TestSetPolicy:
@@ -4498,7 +4501,7 @@ class TestSteps:
                     pool.put(key, bytes(randomness.randrange(1, 4 * BLOCK_SIZE)), priority=randomness.randrange(3))
                 else:
                     pool.touch([key], ends_prompt=randomness.random() < 0.3)
-            order = [index_of(pool).table.key(slot).decode() for slot in index_of(pool).order.victims_locked()]
+            order = [index_of(pool).table.key(slot).decode() for slot in index_of(pool).order.victims()]
             assert len(order) > 50
             assert list(pool) == order
 
