@@ -5,18 +5,18 @@ A *pool* keeps the key-value blocks of transformer attention in one named segmen
 or a preallocated file (tier "nvme"). Every process of the host opens it by name, reads and writes at memory speed,
 and may be killed at any instruction. `KVCachePool` is the library, `cortex cache ...` the shell; see README.md.
 
-The rooms of this module, from the bottom up:
+The sections of this module, from the bottom up:
 
 errors, sizes, data types    names, layout, checks
 BitmapAllocator              which blocks are free
-EvictionOrder, AdaptiveOrder who is evicted next, by slot; `EvictionManager`: by key
-planning                     what to evict and move so that free blocks lie together: pure functions
+EvictionOrder, AdaptiveOrder which entry is evicted next, by slot; `EvictionManager`: by key
+planning                     which entries to evict and move so that free blocks lie together: pure functions
 Memory, Segment              the mapped memory, its file and its locks
-EntryTable                   records and their chains; the only one that knows where a field lies
-Pins, Uses                   who holds what; what readers without the lock have noted
-Space, Index                 all that is done under the lock: making room and settling; the rest
+EntryTable                   records and their chains; nothing else knows the offsets of their fields
+Pins, Uses                   the pins of all sessions; the uses that readers without the lock have noted
+Space, Index                 all work under the lock. `Space` evicts, moves and reclaims, `Index` does the rest
 Snapshot                     the file format
-_Handle, _Paths, KVCachePool a pool as one process has it open: takes the lock, copies outside it, lends views
+_Handle, _Paths, KVCachePool a pool as one process has it open: takes the lock, copies outside it, returns views
 tensors, restore             arrays in and out; a snapshot into a pool
 PrefixCache                  tokens to keys, KV to blocks, by the public methods of a pool
 CacheStore                   names to pools
@@ -26,24 +26,24 @@ Words
 -----
 block       the unit of the data region; a value takes whole blocks that lie together, its extent
 slot        the number of an entry's place in the index, from 1; 0 means none
-record      what the index keeps of a slot: where the value lies, its key, who pins it
+record      the data that the index keeps for a slot: the place of the value, its key, its pins
 seal        the first word of a record: its state and the generation of its value
-state       FREE; WRITING, a value on its way in; COMPLETE, an entry; CONDEMNED, dropped while somebody reads it
+state       FREE; WRITING, a value being stored; COMPLETE, an entry; CONDEMNED, removed while a reader has it pinned
 chain       the slots whose keys, or prefix hashes, share a hash
-order       who is evicted next: a list of slots for each key of the policy (`EvictionOrder`)
-ghost       what the policy adaptive remembers of an entry that was evicted
+order       the order of eviction: a list of slots for each key of the policy (`EvictionOrder`)
+ghost       the data that the policy adaptive keeps about an entry that was evicted
 path        the keys of the blocks of one prompt, root first
 use         slot | generation << 32: names an entry as a reader without the lock found it
-claim       to be the one that computes the value of a key; a lock byte that stands for the key
+claim       a lock on a byte that stands for a key: the process that holds it computes the value
 handle      a `KVCachePool`: a pool as one process has it open
-session     a handle as others see it: a number, a pid, a lock that the kernel drops when the process dies
-token       the number by which a handle knows one thing that it holds: a pin, a view, a value on its way in
-to pin      to keep an entry from being evicted, moved or replaced
+session     a handle as others see it: a number, a pid, a lock that the kernel releases when the process dies
+token       the number by which a handle knows one thing that it holds: a pin, a view, a value being stored
+pin         keeps an entry from being evicted, moved or replaced
 transient   of a pool: it lives as long as some process has it open
 
 The segment
 -----------
-Byte offsets; every section starts where the one before ends, rounded up as noted:
+Byte offsets. Every section starts where the one before it ends, rounded up as noted:
 
     offset            size                          section
     0                 4096                          header: 0 magic, 8 version and checksum, 16 geometry (fixed),
@@ -52,8 +52,8 @@ Byte offsets; every section starts where the one before ends, rounded up as note
                       rounded up to 4096
     data_offset       num_blocks * block_size       data region: the values
     index_offset      3 * 128 * 8                   session table, three words a session, column by column: pid of the
-                                                    open handle, 0 = free; slot that its view under way reads, 0 =
-                                                    none; misses
+                                                    open handle, 0 = free; slot that its current view reads, 0 = none;
+                                                    misses
                       128 * 32 * 16                 uses noted, 32 for each session: slot | generation << 32, 0 = none;
                                                     then the monotonic time of each
                       2 * num_slots * 4             heads of the key chains, heads of the prefix chains
@@ -62,78 +62,78 @@ Byte offsets; every section starts where the one before ends, rounded up as note
                       16 * config.record            the last accesses, a ring: digest of the key; size * 4, + 2 for
                                                     the first one of a request, + 1 for a hit
     (rounded up to a page)
-                      384 * num_slots               ghosts of what was evicted, once the policy is adaptive
+                      384 * num_slots               ghosts of evicted entries, once the policy is adaptive
 
 A record is 112 bytes of fields (`RECORD`) and 328 bytes of text: key, prefix hash, tensor description.
 
 Valid if and only if
 --------------------
-* An entry exists exactly when the state of its record is COMPLETE; that word is written last. When two COMPLETE
-  records carry one key (a crash in the middle of an overwrite), the one with the greater sequence number counts.
-* A WRITING record (a value on its way in) counts only while the session that owns it is open. A CONDEMNED record (a
-  value deleted or replaced while somebody reads it) counts only while a pin holds it.
-* A record is pinned by the sessions that have a bit in it, and by those whose word in the session table names its slot.
-* Records and the sequence number, use count and priority in their eviction nodes are the truth. Bitmap, chains,
-  eviction order, free lists and counters are derived from them, and `check()` compares all of them.
+* An entry exists if and only if the state of its record is COMPLETE. That word is written last. If two COMPLETE records
+  carry one key (a crash in the middle of an overwrite), the record with the greater sequence number counts.
+* A WRITING record (a value being stored) counts only while the session that owns it is open. A CONDEMNED record (a
+  value deleted or replaced while a reader has it pinned) counts only while a pin holds it.
+* A session pins a record by a bit in the record, or by its word of the session table, which then names the slot.
+* Records, and the sequence number, use count and priority in their eviction nodes, are the truth. Bitmap, chains,
+  eviction order, free lists and counters are derived from them. `check()` compares all of them.
 
-Who locks what
---------------
+Locks
+-----
 * The lock of a pool is `flock` on the segment's own file, plus a thread lock in each process. Metadata is changed under
-  it. Values of up to 64 KiB are written under it too; larger ones outside, protected by a WRITING record.
-* Reads take no lock on x86-64, see below. Elsewhere, and in a pool that records its accesses, they take it.
-* A session clears its own word of the session table, to unpin what it has read, without the lock. It may then set
-  UNREAD. WAITED_FOR is set and cleared without the lock, and is only a hint.
+  it. Values of up to 64 KiB are written under it too. Larger ones are written outside, protected by a WRITING record.
+* Reads take no lock on x86-64, see below. On other machines, and in a pool that records its accesses, they take it.
+* A session clears its own word of the session table without the lock, to unpin what it has read. It may then set
+  UNREAD. WAITED_FOR is set without the lock too, and is only a hint.
 * A session (one open handle) holds an open-file-description lock on a byte of its own, far behind the end of the file.
-  The kernel drops it when the process dies: that is how pins and WRITING records of the dead are told from those of
-  the living. A second byte, locked shared by every handle, tells whether anybody has the pool open.
-* A claim of a key is a lock on a byte that its digest names. It holds back only those that claim that key too.
-* Making, opening and removing a segment are serialized by a lock on one more byte of its file, the lock on its name.
-  It works for processes that share nothing but /dev/shm. A maker holds it until the header is published, so a segment
-  without a header whose name is not locked has lost its maker, and is removed. Whoever unlinks a segment holds it, and
-  has seen that the path still leads to that file. Calls that read or write entries never take it; `unlink` does, and so
-  does the end of a handle on a transient pool.
-* `flock` on the store directory is held while a name is taken in one of the two tiers, so that no name is in both.
-  Nobody waits for another lock while holding it.
-* What takes long works in steps of some milliseconds under the lock. A process that sleeps until it gets the lock sets
-  the word WAITED_FOR, and those that work in steps let it go first. A sweep over all entries follows the key chains: a
-  key that is overwritten stays in its chain, so a key that is there throughout is seen exactly once.
+  The kernel releases it when the process dies. So others can tell the pins and WRITING records of the dead from those
+  of the living. All handles hold a shared lock on a second byte: it shows whether any process has the pool open.
+* A claim of a key is a lock on a byte that its digest names. It blocks only others that claim that key.
+* The name lock is a lock on one more byte of the file. It serializes making, opening and removing a segment, also
+  between processes that share nothing but /dev/shm. A maker holds it until the header is published. So a segment
+  without a header whose name is not locked has lost its maker, and is removed. A process unlinks a segment only while
+  it holds that lock, and has seen that the path still leads to that file. Calls that read or write entries never take
+  it. `unlink` does, and so does the end of a handle on a transient pool.
+* `flock` on the store directory is held while a pool takes a name in one of the tiers. So no name is in both.
+  A process that holds it waits for no other lock.
+* Long work is done in steps of some milliseconds under the lock. A process that sleeps until it gets the lock sets
+  WAITED_FOR, and processes that work in steps let it go first. A sweep over all entries follows the key chains. An
+  overwritten key stays in its chain, so a key that is there throughout is seen exactly once.
 * A forked child shares its parent's open files, and so all of these locks. A page that the kernel wipes at every fork
-  tells it so, before it touches anything: it opens the file anew, and takes a session of its own.
+  marks the child before it touches anything. The child then opens the file anew, and takes a session of its own.
 
 A read without the lock
 -----------------------
-The first word of a record is its seal: state and generation. An entry gets another generation, or state, before its
-blocks are freed, moved or used for another value. So:
-1. Walk the key chain. For a record of the key: read the seal, compare the key, read where the value lies. A seal that
-   is not COMPLETE, or marked as CHANGING, begins again.
+The first word of a record is its seal: state and generation. The seal of an entry changes before its blocks are freed,
+moved or used for another value. So:
+1. Walk the key chain. For a record of the key: read the seal, compare the key, read where the value lies. If the seal
+   is not COMPLETE, or is marked as CHANGING, begin again.
 2. `get` copies the value, and reads the seal again. If it is the same, the copy is whole. If not, begin again.
    A view writes the slot into its word of the session table first, then a memory barrier, then reads the seal again.
    If it is the same, the value is pinned. If not, the word is cleared, and the view takes the lock.
-3. A use is noted in a place of the session that is empty: the time first, slot and generation second, USED third.
+3. A use is noted in an empty place of the session: the time first, slot and generation second, USED third.
    If the place is taken, the reader takes the lock, under which all uses are counted.
-A key is missing if DIRTY was clear and CHANGES was the same before and after the walk: a writer sets the one and
-increments the other before it changes a key chain. After UNLOCKED_TRIES a reader takes the lock. A session has one word
+A key is missing if DIRTY was clear and CHANGES was the same before and after the walk. A writer sets DIRTY and
+increments CHANGES before it changes a key chain. After UNLOCKED_TRIES a reader takes the lock. A session has one word
 for a view: a second view at the same time pins by a bit in the record, under the lock.
 
-What a writer does for readers without the lock
------------------------------------------------
-1. Whoever takes the lock first counts the uses of all sessions, in the order of time, and clears their places. So the
-   eviction order is exact whenever it is looked at, and so is the number of hits.
-2. To drop an entry: write CONDEMNED, then a memory barrier, then look at the pins. Pinned blocks stay as they are.
-3. To move a value, or replace it in place: mark the seal as CHANGING, then a barrier, then look at the pins; a pinned
+A change beside readers without the lock
+----------------------------------------
+1. Take the lock, count the uses of all sessions in the order of time, and clear their places. So the eviction order and
+   the number of hits are exact whenever they are read.
+2. To remove an entry: write CONDEMNED, then a memory barrier, then read the pins. Pinned blocks stay as they are.
+3. To move a value, or replace it in place: mark the seal as CHANGING, then a barrier, then read the pins. A pinned
    value stays. Change where the value lies. Clear the mark. Free the old blocks.
 A rebuild gives every entry a new generation before it frees anything.
 
 After a crash
 -------------
-A process that dies inside a change leaves the header word DIRTY set; the kernel frees the lock. Whoever locks next sees
-the word, finishes a block move that was under way (its journal is in the header), and rebuilds everything derived from
-the records. Dying in the rebuild leaves DIRTY set again. A process that dies outside a change leaves at most WRITING
-records, pins, uses not counted yet, and CONDEMNED records that nobody pins any more. They are reclaimed when somebody
-opens the pool, needs their room, asks for statistics or checks. A waiter that dies leaves WAITED_FOR set; the next call
-that works in steps clears it after MAX_PAUSES pauses.
+A process that dies inside a change leaves the header word DIRTY set; the kernel frees the lock. The next process that
+locks sees the word. It finishes a block move that was under way, whose journal is in the header. Then it rebuilds all
+derived data from the records. A process that dies in the rebuild leaves DIRTY set again. A process that dies outside a
+change leaves at most WRITING records, pins, uses not counted yet, and CONDEMNED records without a pin. They are
+reclaimed when a process opens the pool, needs their space, asks for statistics or checks. A waiter that dies leaves
+WAITED_FOR set. The next call that works in steps clears it after MAX_PAUSES pauses.
 A maker that dies leaves a file without a header, and the last user of a transient pool leaves the pool. Both are
-removed when somebody opens or lists that name, prunes, or needs their room to make another pool.
+removed when a process opens or lists that name, prunes, or needs their space to make another pool.
 """
 
 from __future__ import annotations
@@ -239,31 +239,31 @@ BITMAP_COUNTERS = 4
 NUM_ENTRIES = 73  # COMPLETE records
 NUM_BUSY = 74  # WRITING and CONDEMNED records
 FREE_SLOT, TOP_SLOT = 75, 76  # head of the list of freed slots; slots above TOP_SLOT were never used
-MOVE_SLOT, MOVE_FROM, MOVE_TO, MOVE_DONE = 77, 78, 79, 80  # journal of the block move under way, in blocks
+MOVE_SLOT, MOVE_FROM, MOVE_TO, MOVE_DONE = 77, 78, 79, 80  # journal of the current block move, in blocks
 TOP_SESSION = 82  # sessions from this number on were never used
 RECORDED = 83  # accesses recorded so far
 POLICY = 84  # 0: as in the config; else 1 + the place of the policy in EvictionPolicy
-CHANGES = 85  # how often key chains were changed
+CHANGES = 85  # number of changes to key chains
 UNREAD = 86  # 1 once the end of an array has left a deleted value to be freed
 USED = 89  # 1 once a reader has noted a use that is not counted yet
 GENERATION = 88  # of the last entry that was made, moved or changed in place; even
-WAITED_FOR = 87  # 1 while a process sleeps until it gets the lock: those that work in steps let it go first
-BOOT_ID = 124  # the first of NUM_BOOT_IDS words: boots that the index is known to be whole for, the latest first
+WAITED_FOR = 87  # 1 while a process sleeps until it gets the lock: processes that work in steps let it go first
+BOOT_ID = 124  # the first of NUM_BOOT_IDS words: the boots for which the index is known to be whole, latest first
 NUM_BOOT_IDS = 4
 
 MAX_SESSIONS = 128
-NO_SESSION = 1 << 40  # whose words lie outside of any segment
-MAX_USES = 32  # uses that a session notes before somebody must take the lock for them
+NO_SESSION = 1 << 40  # its words would lie outside of any segment
+MAX_USES = 32  # uses that a session notes before a reader must take the lock to count them
 SPARE_SLOTS = 16  # so that overwrites in a pool at max_entries need no eviction
-PRESENCE_BYTE = 1 << 60  # lock offsets, far behind any file
+PRESENCE_BYTE = 1 << 60  # this and the next three: lock offsets, far behind the end of any file
 SESSION_BYTE = PRESENCE_BYTE + 1
 NAME_BYTE = PRESENCE_BYTE - 1
-CLAIM_BYTE = 1 << 61  # the first of 2**60, of which the digest of a key names one
+CLAIM_BYTE = 1 << 61  # the first of 2**60; the digest of a key names one of them
 
-# state, owner session of a value on its way in or generation of an entry, size, start block, number of blocks, hash of
-# key, hash of prefix, next in key chain, next and previous in prefix chain, CRC-32 of the value (0: unknown), created,
-# accessed, sequence length, layer, sessions that pin it (128 bits), lengths of key, prefix and tensor description,
-# unused, priority (for the eviction node, once the entry is complete)
+# state, owner (the session that writes a WRITING record) or generation of an entry, size, start block, number of
+# blocks, hash of key, hash of prefix, next in key chain, next and previous in prefix chain, CRC-32 of the value (0:
+# unknown), created, accessed, sequence length, layer, sessions that pin it (128 bits), lengths of key, prefix and
+# tensor description, unused, priority (for the eviction node, once the entry is complete)
 RECORD = struct.Struct("<IIqIIIIIIIIddqqIIIIHHHHq")
 RECORD_TAIL = struct.Struct("<qqqqHHHHq")  # from the sequence length on
 RECORD_BYTES = 440
@@ -274,38 +274,38 @@ W_SIZE, W_EXTENT, W_CREATED, W_ACCESSED, W_SEQUENCE_LENGTH, W_LAYER = 1, 2, 6, 7
 W_PINS, W_PRIORITY = 10, 13
 HALVES_PER_RECORD = RECORD_BYTES // 4
 # A copy of an entry: its eviction node (40 bytes), the number of its slot, its record.
-COPY_ORDER = struct.Struct("<12xI3qI20xI")  # whether it ends a prompt, sequence, uses, priority; slot; number of blocks
+COPY_ORDER = struct.Struct("<12xI3qI20xI")  # 1 if it ends a prompt, sequence, uses, priority; slot; number of blocks
 COPY_RECORD_AT = 44
 COPY_SIZES = struct.Struct("<40xI8xqI76x3H")  # slot, size in bytes, first block, lengths of key, prefix, tensor text
 FREE, WRITING, COMPLETE, CONDEMNED = range(4)
 # The first word of a record, its seal: state, and generation << 32. The lowest bit of the generation is set while the
 # value is being moved or replaced in place.
 CHANGING = 1 << 32
-SEAL_MASK = CHANGING | 0xFFFFFFFF  # leaves COMPLETE of the seal of an entry that can be read without the lock
+SEAL_MASK = CHANGING | 0xFFFFFFFF  # an entry can be read without the lock if its seal & SEAL_MASK is COMPLETE
 MAX_GENERATION = (1 << 31) - 2
 UNLOCKED_TRIES = range(3)  # to read without the lock before taking it
 
 COPY_UNDER_LOCK = 64 << 10  # bytes; a larger value is copied outside the lock
 COPY_CHUNK = 1 << 20
 BESIDE = 256 << 10  # bytes; checksums of smaller values are not worth another thread
-# Whether a processor shows the writes of others in their order, 64-bit words whole, and orders its own accesses by a
-# lock, as all that is done without the pool's lock needs it. Elsewhere everything is done under the lock.
+# True if a processor sees the writes of others in order and 64-bit words whole, and a lock orders its own accesses.
+# All work without the pool's lock needs that. Other machines do everything under the lock.
 LOADS_IN_ORDER = os.uname().machine == "x86_64" and sys.maxsize > 1 << 32
-SPINS = 100  # tries of 1 to 2 us each to get a lock before falling asleep over it
+SPINS = 100  # tries of 1 to 2 us each to get a lock before sleeping until it is free
 FAULT_AROUND = 64 << 10  # bytes; a read fault maps all pages of such a window, a write fault just one page
 PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits for room before it fails
-# What takes long is done in steps of 1 to 5 ms under the lock: so many entries described, evicted or moved; slots or
-# key chains passed over; bytes moved; seconds in between, and how often at most.
+# Long work is done in steps of 1 to 5 ms under the lock. Limits of a step: entries described or evicted, slots and key
+# chains passed over, entries moved, bytes moved. Then: seconds of one pause between steps, and the most pauses.
 ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, MOVES_A_STEP, STEP_BYTES = 256, 1 << 13, 1 << 16, 64, 4 << 20
 STEP_PAUSE, MAX_PAUSES = 1e-4, 100
-CLAIM_LOOK = 0.02  # seconds after which one who waits for a claim looks whether the value is there all the same
-# Bytes from which on threads share a copy, of pieces of so many each, or handing over the GIL costs more; how many do.
+CLAIM_LOOK = 0.02  # seconds that a process waits for a claim before it looks for the value again
+# Bytes from which threads share a copy, and mean bytes a piece: below, handing over the GIL costs more. Most threads.
 PARALLEL_COPY, PARALLEL_PIECE, MAX_COPIERS = 8 << 20, 256 << 10, 4
-KEYS_A_LOOK = 64  # that are looked up without the lock as of one moment
+KEYS_A_LOOK = 64  # keys that one lookup without the lock sees as of one moment
 ENDING_PATIENCE = 1.0  # seconds that the end of a process waits for a daemon thread to end its call
 RESERVE_CHUNK = 256 << 20
 I64_MIN, I64_MAX = -(1 << 63), (1 << 63) - 1
-MAX_ACCESS_COUNT = 1 << 61  # to begin with; a rebuild of the order takes twice that for a stray write
+MAX_ACCESS_COUNT = 1 << 61  # of a new entry; a rebuild of the order takes twice that for a stray write
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -353,14 +353,14 @@ class StorageError(CacheError):
 
 
 class UnsupportedError(CacheError):
-    """This machine, platform or build lacks what was asked for."""
+    """This machine, platform or build does not support the request."""
 
 
 class _os_errors:
-    """Context manager that turns an OSError into a StorageError that says what was being done.
+    """Turn an OSError in the block into a StorageError that names the operation.
 
-    A class: from Python 3.12 on, an error that passes through a generator context manager leaves a cycle that keeps the
-    frames of all callers until a garbage collection (cpython#129280).
+    It is a class, because from Python 3.12 on an error that passes through a generator context manager leaves a cycle.
+    That keeps the frames of all callers until a garbage collection (cpython#129280).
     """
 
     def __init__(self, doing: str) -> None:
@@ -383,7 +383,7 @@ _UNITS = " KMGTP"
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "16G", "1.5g", "64MiB" or "1024", in powers of 1024; else ValueError."""
+    """Return the bytes of a size such as "16G", "1.5g", "64MiB" or "1024", in powers of 1024; ValueError if none."""
     match = _SIZE_TEXT.fullmatch(text.strip()) if isinstance(text, str) and len(text) < 100 else None
     if match is None:
         raise InvalidArgumentError(f"size {text!r} is not a number with an optional K, M, G, T or P, such as 16G")
@@ -408,7 +408,7 @@ def format_size(size_bytes: float) -> str:
 
 
 class EvictionPolicy(Enum):
-    """Who goes first when room is needed; ties fall to the least recently used."""
+    """The entry to evict first. Of several, the least recently used one goes."""
 
     LRU = "lru"  # least recently used
     LFU = "lfu"  # least often read
@@ -437,7 +437,7 @@ POLICY_HELP = {
 
 @dataclass
 class CacheEntry:
-    """What the pool knows about one entry; a copy, later changes in the pool do not show in it."""
+    """The description of one entry. It is a copy: later changes in the pool do not show in it."""
 
     key: str
     prefix_hash: str  # names the prompt prefix that the entry belongs to
@@ -451,7 +451,7 @@ class CacheEntry:
     layer_index: int = 0
     dtype: str = ""  # safetensors name such as "BF16"; empty: plain bytes
     shape: tuple[int, ...] = ()
-    framework: str = ""  # what was stored: "numpy", "torch", ...; empty: bytes, or not known
+    framework: str = ""  # kind of value: "numpy", "torch", ...; empty: bytes, or not known
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -472,7 +472,7 @@ def _utc_now() -> str:
 
 @dataclass
 class CachePoolConfig:
-    """How to make a pool: plain data, checked when the pool is made."""
+    """The description of a pool to make: plain data, checked when the pool is made."""
 
     name: str
     size_bytes: int  # header + bitmap + data region; the index comes on top
@@ -498,7 +498,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def check_name(name: str) -> str:
-    """Return `name` if a pool may be called so."""
+    """Return `name` if a pool may have it; else InvalidArgumentError."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MAX_NAME_LENGTH:
         raise InvalidArgumentError(
             f"pool name {_show(name)} must be 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 . _ - and not begin with . or -"
@@ -507,7 +507,7 @@ def check_name(name: str) -> str:
 
 
 def _show(value: object) -> str:
-    """Return a short repr for an error message; it never fails itself, as that of an int of 5,000 digits does."""
+    """Return a short repr for an error message. It never fails, as `repr` of an int of 5,000 digits does."""
     try:
         text = repr(value)
     except Exception:  # noqa: BLE001  # whatever a caller's __repr__ raises
@@ -516,7 +516,7 @@ def _show(value: object) -> str:
 
 
 def check_int(what: str, value: int, low: int, high: int = I64_MAX) -> int:
-    """Return `value` as an int if it is an integer from `low` to `high`."""
+    """Return `value` as an int if it is an integer from `low` to `high`; else InvalidArgumentError."""
     try:
         number = operator.index(value) if not isinstance(value, bool) else None
     except (TypeError, ValueError):
@@ -527,13 +527,13 @@ def check_int(what: str, value: int, low: int, high: int = I64_MAX) -> int:
 
 
 def check_seconds(what: str, value: float) -> None:
-    """InvalidArgumentError unless this is a number of seconds from 0."""
+    """Raise InvalidArgumentError unless `value` is a number of seconds from 0 to 1e9."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1e9:
         raise InvalidArgumentError(f"{what} {_show(value)} must be a number of seconds from 0 to 1e9")
 
 
 def check_list(what: str, values: Any, length: int) -> None:
-    """InvalidArgumentError unless this is a sequence of that length: one item for each key of a path."""
+    """Raise InvalidArgumentError unless `values` is a sequence of `length` items, one for each key of a path."""
     if isinstance(values, (str, bytes)) or not hasattr(values, "__len__") or not hasattr(values, "__getitem__"):
         raise InvalidArgumentError(f"{what} {_show(values)} must be a list, with an item for each of {length} keys")
     if len(values) != length:
@@ -541,7 +541,7 @@ def check_list(what: str, values: Any, length: int) -> None:
 
 
 def check_path(path: str | os.PathLike[str], what: str = "path") -> str:
-    """Return a path as text."""
+    """Return a path as text; InvalidArgumentError if no file can have it."""
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     try:
         if isinstance(text, str) and text and b"\0" not in os.fsencode(text):
@@ -552,7 +552,7 @@ def check_path(path: str | os.PathLike[str], what: str = "path") -> str:
 
 
 def check_keys(keys: Sequence[str]) -> None:
-    """InvalidArgumentError unless this is a sequence, and not one of letters."""
+    """Raise InvalidArgumentError unless `keys` is a sequence, and neither str nor bytes."""
     if isinstance(keys, (str, bytes)) or not isinstance(keys, Sequence):
         raise InvalidArgumentError(f"keys {_show(keys)} must be a list of str")
 
@@ -581,8 +581,8 @@ def encode_key(key: str) -> bytes:
     )
 
 
-# The dtypes of safetensors, and their sizes in bits. F4 and F6 are packed. Others are refused, as the safetensors
-# package does: the size of a value of unknown dtype can't be checked.
+# The dtypes of safetensors, and their sizes in bits. F4 and F6 are packed. Other dtypes are refused, as in the
+# safetensors package: the size of such a value can't be checked.
 DTYPE_BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -613,7 +613,7 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 class EntryMeta(NamedTuple):
-    """What a caller says about a value, checked."""
+    """The caller's description of a value, checked."""
 
     prefix: bytes = b""
     priority: int = 0
@@ -634,7 +634,7 @@ class EntryMeta(NamedTuple):
         shape: Sequence[int] = (),
         framework: str = "",
     ) -> EntryMeta:
-        """Check the metadata of a value of `size` bytes to be stored under `key`."""
+        """Return the checked metadata of a value of `size` bytes to be stored under `key`."""
         if not isinstance(prefix_hash, str):
             raise InvalidArgumentError(
                 f"prefix_hash {_show(prefix_hash)} is a {type(prefix_hash).__name__}, it must be a str"
@@ -685,7 +685,7 @@ def _checked_meta(key: bytes, size: int, meta: Mapping[str, Any]) -> EntryMeta:
 
 
 class Geometry(NamedTuple):
-    """Where everything lies in a segment; all of it follows from five numbers."""
+    """The offsets in a segment; all of them follow from five numbers."""
 
     size_bytes: int
     block_size: int
@@ -695,7 +695,7 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, config: CachePoolConfig) -> Geometry:
-        """Lay out a pool; InvalidArgumentError when the config can't be had."""
+        """Return the layout of a pool; InvalidArgumentError if there can be no such pool."""
         block_size = check_int("block_size", config.block_size, MIN_BLOCK_SIZE, MAX_BLOCK_SIZE)
         if block_size % MIN_BLOCK_SIZE:
             raise InvalidArgumentError(f"block_size {block_size} must be a multiple of {MIN_BLOCK_SIZE} bytes")
@@ -710,7 +710,7 @@ class Geometry(NamedTuple):
 
     @staticmethod
     def bitmap_bytes(num_blocks: int) -> int:
-        """Return the bytes of bitmap for so many blocks."""
+        """Return the size in bytes of the bitmap of `num_blocks` blocks."""
         return -(-num_blocks // (8 * BITMAP_SIZE)) * BITMAP_SIZE
 
     @property
@@ -743,7 +743,7 @@ class Geometry(NamedTuple):
 
     @property
     def total_bytes(self) -> int:
-        """All but the ghosts, which are a mapping of their own behind it."""
+        """The size of a segment without ghosts, which are a mapping of their own behind it."""
         return self.accesses_offset + 16 * self.num_recorded
 
     @property
@@ -755,7 +755,7 @@ class Geometry(NamedTuple):
         return self.ghosts_offset + AdaptiveOrder.ghost_bytes(self.num_slots)
 
     def blocks_for(self, size: int) -> int:
-        """Blocks that a value of `size` bytes takes; an empty one takes a block too."""
+        """Return the number of blocks of a value of `size` bytes; an empty value takes one too."""
         return -(-size // self.block_size) or 1
 
 
@@ -768,7 +768,7 @@ _IN_USE = b"\xff" * 8192
 
 
 def _run_starts(bits: int, length: int) -> int:
-    """Where runs of `length` 1 bits begin: what is left of the bits after ANDing shifted copies of them."""
+    """Return the 1 bits at which runs of `length` 1 bits begin, by ANDing shifted copies of the bits."""
     known = 1
     while known < length and bits:
         step = min(known, length - known)
@@ -780,10 +780,10 @@ def _run_starts(bits: int, length: int) -> int:
 class BitmapAllocator:
     """First-fit allocator of runs of blocks over a bitmap: bit 1 = in use, lowest bit of byte 0 = block 0.
 
-    Works over a buffer of its own, or over a slice of a segment with four counters beside it: blocks in use; a block
-    that no free block lies before; a length, and a block that no free run of that length begins before. The counters
-    are derived; the last three say where a search may begin, so that a torn bitmap is not searched from its start.
-    Methods are thread-safe; those that end in `_locked` leave the locking to the caller.
+    It works over a buffer of its own, or over a slice of a segment. Four derived counters lie beside it: 0 blocks in
+    use; 1 no free block lies before this one; 2, 3 no free run of length (2) begins before block (3). The last three
+    tell where a search may begin, so that a torn bitmap is not searched from its start.
+    Methods are thread-safe, but in those that end in `_locked` the caller must hold the lock.
     """
 
     def __init__(self, num_blocks: int, bitmap: memoryview | None = None, counters: memoryview | None = None) -> None:
@@ -796,13 +796,13 @@ class BitmapAllocator:
             self.rebuild_locked(())
 
     def allocate(self, num_blocks: int) -> int | None:
-        """First block of the lowest free run of `num_blocks`, now in use; None if there is none."""
+        """Return the first block of the lowest free run of `num_blocks`, now in use; None if there is none."""
         num_blocks = check_int("num_blocks", num_blocks, 1)
         with self._lock:
             return self.allocate_locked(num_blocks)
 
     def free(self, start_block: int, num_blocks: int) -> None:
-        """Give blocks back. InvalidArgumentError if one of them lies outside or is free already."""
+        """Free blocks. InvalidArgumentError if one of them lies outside or is free already."""
         num_blocks = check_int("num_blocks", num_blocks, 1, self.num_blocks)
         start_block = check_int("start_block", start_block, 0, self.num_blocks - num_blocks)
         with self._lock:
@@ -821,7 +821,7 @@ class BitmapAllocator:
         return bytes(self._bits[: self.num_bytes])
 
     def from_bytes(self, data: bytes) -> None:
-        """Take over a bitmap made by `to_bytes` of an allocator of the same size."""
+        """Replace the bitmap by one that `to_bytes` of an allocator of the same size returned."""
         if not isinstance(data, (bytes, bytearray, memoryview)) or len(data) != self.num_bytes:
             data = b"" if not isinstance(data, (bytes, bytearray, memoryview)) else data
             raise InvalidArgumentError(f"bitmap has {len(data)} bytes, {self.num_blocks} blocks need {self.num_bytes}")
@@ -833,7 +833,7 @@ class BitmapAllocator:
             self._reset_counters(bits.bit_count())
 
     def hints_are_true(self) -> bool:
-        """Return True if no free block lies, and no free run of the length begins, before what the counters say."""
+        """Return True if counters 1 to 3 agree with the bitmap; one pass over it."""
         _, first, length, begin = self._counters
         free = self._free_bits(0, self.num_blocks)
         starts = _run_starts(free, length)
@@ -842,11 +842,11 @@ class BitmapAllocator:
         return 0 <= first <= low and 0 <= begin <= lowest
 
     def largest_free_run(self) -> int:
-        """Length in blocks of the longest free run."""
+        """Return the length in blocks of the longest free run; some passes over the bitmap."""
         free = self._free_bits(0, self.num_blocks)
         if not free:
             return 0
-        # starts[i]: where a free run of 2**i begins. Double while one is left, then add the halves that still fit.
+        # starts[i]: where free runs of 2**i begin. Double while one is left, then add the halves that still fit.
         starts, length = [free], 1
         while longer := starts[-1] & (starts[-1] >> length):
             starts.append(longer)
@@ -866,7 +866,7 @@ class BitmapAllocator:
         return start
 
     def find_locked(self, num_blocks: int) -> int | None:
-        """Return the start of the lowest free run of `num_blocks`, left free."""
+        """Return the start of the lowest free run of `num_blocks`, which stays free; None if there is none."""
         counters = self._counters
         begin = counters[1]
         if num_blocks >= counters[2] and counters[3] > begin:
@@ -880,7 +880,7 @@ class BitmapAllocator:
             return None
         start = self._find_short(num_blocks, begin) if num_blocks < 15 else self._find_long(num_blocks, begin)
         found = self.num_blocks if start is None else start
-        if num_blocks <= counters[2] or found > counters[3] + 4096:  # a hint that serves shorter runs too is worth more
+        if num_blocks <= counters[2] or found > counters[3] + 4096:  # prefer a hint that serves shorter runs too
             counters[2] = num_blocks
             counters[3] = found
         return start
@@ -902,12 +902,12 @@ class BitmapAllocator:
         counters[0] -= num_blocks
         if start < counters[1]:
             counters[1] = start
-        lowest = start - counters[2] + 1  # where a run that is long enough could begin now
+        lowest = start - counters[2] + 1  # the first block at which a run of that length could begin now
         if lowest < counters[3]:
             counters[3] = max(lowest, 0)
 
     def rebuild_locked(self, runs: Iterable[tuple[int, int]]) -> None:
-        """Start anew with just these (start, number of blocks) in use."""
+        """Mark just these (start, number of blocks) as in use, all others as free."""
         self._bits[: self.num_bytes] = bytes(self.num_bytes)
         allocated = 0
         for start, num_blocks in runs:
@@ -925,7 +925,7 @@ class BitmapAllocator:
         return ~int.from_bytes(self._bits[start >> 3 : (stop + 7) >> 3], "little") & ((1 << (stop - start)) - 1)
 
     def free_before_locked(self, block: int) -> int:
-        """Return how many free blocks end right before this one."""
+        """Return the number of free blocks that end right before `block`."""
         end, window = block, 64
         while end:
             begin = max(end - window, 0) & ~7
@@ -936,14 +936,14 @@ class BitmapAllocator:
         return block
 
     def _find_short(self, num_blocks: int, begin: int) -> int | None:
-        """Search windows as integers, small ones first: ANDing shifted copies leaves the starts of long enough runs."""
+        """Return the start of the lowest free run, None if there is none. Search growing windows as integers."""
         counters = self._counters
         window = 256
         position = begin & ~7
         full_so_far = begin == counters[1]
         while position < self.num_blocks:
             free = self._free_bits(position, min(position + window + num_blocks, self.num_blocks))
-            if full_so_far:  # all before is in use: the hint can move up
+            if full_so_far:  # all blocks before are in use: the hint can move up
                 full_so_far = not free
                 first = position + (window if full_so_far else (free & -free).bit_length() - 1)
                 counters[1] = min(first, self.num_blocks)
@@ -953,13 +953,13 @@ class BitmapAllocator:
             position += window
             window = min(4 * window, 4096)
             while window == 4096 and bytes(self._bits[position >> 3 : (position >> 3) + len(_IN_USE)]) == _IN_USE:
-                position += 8 * len(_IN_USE)  # a comparison passes over them ten times as fast as arithmetic
+                position += 8 * len(_IN_USE)  # a comparison skips them ten times as fast as arithmetic
         return None
 
     def _find_long(self, num_blocks: int, begin: int) -> int | None:
-        """Return where a run begins. One of 15 or more holds whole zero bytes: search for those, then count the edges.
+        """Return the start of the lowest free run of 15 or more: find its zero bytes, then count its edges; or None.
 
-        In windows that grow, for the run is often near and copying the whole bitmap of a large pool takes 30 us.
+        The windows grow, for the run is often near, and copying the whole bitmap of a large pool takes 30 us.
         """
         base, window = begin >> 3, 256
         zeros = bytes((num_blocks - 7) // 8)
@@ -979,7 +979,7 @@ class BitmapAllocator:
                 if min(length, self.num_blocks - start) >= num_blocks:
                     return start
                 at = data.find(zeros, end)
-            base += window  # what begins before that has been seen whole
+            base += window  # runs that begin before it have been seen whole
             window *= 4
         return None
 
@@ -990,7 +990,7 @@ class BitmapAllocator:
 
     def _mark(self, start: int, num_blocks: int, in_use: bool) -> None:
         low, end = start >> 3, (start + num_blocks + 7) >> 3
-        if not (start | num_blocks) & 7:  # as values of one size, a power of two, have it
+        if not (start | num_blocks) & 7:  # most often so, if all values have one size, a power of two
             self._bits[low:end] = (b"\xff" if in_use else b"\0") * (end - low)
             return
         mask = ((1 << num_blocks) - 1) << (start & 7)
@@ -1002,13 +1002,13 @@ class BitmapAllocator:
 # Eviction
 # ======================================================================================================================
 
-# The order buffer, in 32-bit halves: 0 clock (64 bits), 2 free bucket, 4 top bucket, 6 mean of the logarithms of reuse
-# gaps times 2**32 (64 bits, 0: nothing learnt yet), 8 the ring of buckets, 14 the weights of ADAPTIVE (three times 20
-# bits, 0: none); then buckets of 6 halves (last node, first node, lower bucket, higher bucket, key: 64 bits), then
-# nodes of 10 halves (previous, next, bucket, whether it ends a prompt, sequence, use count, priority: 64 bits each).
-# Links are positions in halves. ADAPTIVE has ghosts in a buffer of their own: sets of 8 places of 3 words each (digest
-# of the key, 0 = free; sequence; use count). A digest is written last: a crash leaves no ghost that is half another,
-# and as nothing links them, there is nothing to rebuild.
+# The order buffer in 32-bit halves; links are positions in halves:
+# 0     0 clock (64 bits), 2 free bucket, 4 top bucket, 6 mean of the logarithms of reuse gaps times 2**32 (64 bits, 0:
+#       nothing learnt yet), 8 the ring of buckets, 14 the weights of ADAPTIVE (three times 20 bits, 0: none)
+# 16    buckets of 6: last node, first node, lower bucket, higher bucket, key (64 bits)
+# then  nodes of 10: previous, next, bucket, 1 if it ends a prompt, sequence, use count, priority (64 bits each)
+# The ghosts of ADAPTIVE have a buffer of their own: sets of 8 places of 3 words (key digest, 0 = free; sequence; uses).
+# The digest is written last, so a crash leaves no ghost that is half another. Nothing links them: no rebuild is needed.
 _RING = 8
 _BUCKETS = 16
 _BUCKET_HALVES = 6
@@ -1018,17 +1018,17 @@ _LAST, _FIRST, _LOWER, _HIGHER = 0, 1, 2, 3  # in a bucket
 _PREV, _NEXT, _BUCKET, _TAIL = 0, 1, 2, 3  # in a node
 _KEY, _SEQUENCE, _COUNT, _PRIORITY = 2, 2, 3, 4  # in words: key of a bucket, numbers of a node
 
-# What a policy sorts by first. Inside one key the order is that of the sequence numbers, oldest first.
+# The key that a policy sorts by first. Entries with one key are in the order of sequence numbers, oldest first.
 POLICY_KEY: dict[EvictionPolicy, Callable[[int, int], int]] = {
     EvictionPolicy.LRU: lambda count, priority: 0,
     EvictionPolicy.LFU: lambda count, priority: count,
     EvictionPolicy.FIFO: lambda count, priority: 0,
     EvictionPolicy.PRIORITY: lambda count, priority: priority,
-    EvictionPolicy.ADAPTIVE: lambda count, priority: count + 1 if count < 3 else 4,  # 0 for what ends a prompt
+    EvictionPolicy.ADAPTIVE: lambda count, priority: count + 1 if count < 3 else 4,  # 0 for the end of a prompt
 }
-REUSE_BONUS = (-8.0, 0.0, 1.0, 1.5, 2.0)  # by the keys of ADAPTIVE: what a use more is worth, in typical reuse gaps
+REUSE_BONUS = (-8.0, 0.0, 1.0, 1.5, 2.0)  # by the keys of ADAPTIVE: the worth of a key, in typical reuse gaps
 REUSE_LACK = tuple(REUSE_BONUS[-1] - bonus for bonus in REUSE_BONUS)
-GAP_MEMORY = 1600  # how many gaps the running mean of ADAPTIVE remembers, about
+GAP_MEMORY = 1600  # gaps that the running mean of ADAPTIVE remembers, about
 GHOSTS_PER_SLOT = 16
 _GHOST_WAYS = 8
 _GHOST_SET = struct.Struct("24q")  # 3 words for each of the 8
@@ -1037,7 +1037,7 @@ _WEIGHT_BITS = 20
 
 
 def pack_weights(weights: Mapping[str, float] | None) -> int:
-    """The shares of three weights in their sum, in one word; 0 for None. InvalidArgumentError if they have none."""
+    """Return the weights in one word, normalised to sum to 1, missing ones as 0; 0 for None; InvalidArgumentError."""
     if weights is None:
         return 0
     if not isinstance(weights, Mapping) or not set(weights) <= set(WEIGHT_NAMES):
@@ -1054,7 +1054,7 @@ def pack_weights(weights: Mapping[str, float] | None) -> int:
 
 
 def split_policy(text: EvictionPolicy | str) -> tuple[EvictionPolicy, dict[str, float] | None]:
-    """Return a policy and its weights from one, or from "lru" or "adaptive:0.4/0.3/0.3" (recency, frequency, size)."""
+    """Return (policy, weights) of a policy or a text: "lru", "adaptive:0.4/0.3/0.3" (recency, frequency, size)."""
     name, colon, numbers = text.partition(":") if isinstance(text, str) else (text, "", "")
     policy = as_policy(name)
     if not colon:
@@ -1072,7 +1072,7 @@ def split_policy(text: EvictionPolicy | str) -> tuple[EvictionPolicy, dict[str, 
 
 
 def unpack_weights(packed: int) -> dict[str, float] | None:
-    """Return what `pack_weights` packed, as shares that add up to 1."""
+    """Return the weights that `pack_weights` packed, which sum to 1; None if there are none."""
     most = (1 << _WEIGHT_BITS) - 1
     shares = [(packed >> shift) & most for shift in (0, _WEIGHT_BITS, 2 * _WEIGHT_BITS)]
     if not sum(shares):
@@ -1081,25 +1081,25 @@ def unpack_weights(packed: int) -> dict[str, float] | None:
 
 
 def key_digest(key: bytes) -> int:
-    """A positive 63-bit number for a key: its CRC-32 forwards and backwards, a third of the time of a short BLAKE2."""
+    """Return a positive 63-bit digest of a key: its CRC-32 forwards and backwards, in a third of the time of BLAKE2."""
     return zlib.crc32(key) | (zlib.crc32(key[::-1]) >> 1) << 32 or 1
 
 
-Least = tuple[int, int]  # use count and priority that a parent has at least
+Least = tuple[int, int]  # the lowest use count and priority that a parent may have
 NO_LEAST: Least = (0, I64_MIN)
 
 
 def _words32(numbers: Sequence[int]) -> memoryview:
-    """Return numbers as 32-bit words, to be written into a column at once."""
+    """Return numbers as 32-bit words, to write them into a column at once."""
     return memoryview(struct.pack(f"{len(numbers)}I", *numbers)).cast("I")
 
 
 Note = tuple[int, int, int, int, int]  # policy key, sequence number, slot, use count, blocks
-Waste = Callable[[int, int, int, int], float]  # how much an entry should go: all of these but the slot
+Waste = Callable[[int, int, int, int], float]  # of a note without its slot: the greater it is, the sooner it goes
 
 
 def in_victim_order(noted: Iterable[tuple[Note, _R]], waste: Waste | None) -> list[_R]:
-    """Items, next victim first, by what `note_of` says of each: the order of `victims`, without the lock.
+    """Return the items, next victim first, by the `note_of` of each: the order of `victims`, without the lock.
 
     `waste` is that of `waste_now` under ADAPTIVE, else None.
     """
@@ -1126,15 +1126,15 @@ def in_victim_order(noted: Iterable[tuple[Note, _R]], waste: Waste | None) -> li
 
 
 class EvictionOrder:
-    """The order in which slots go: buckets by policy key, lowest first, each a list by sequence number, oldest first.
+    """The order of eviction: buckets by policy key, lowest first, each a list by sequence number, oldest first.
 
-    Every operation is O(1), but for a new entry whose bucket has to be looked for: O(number of distinct keys) with
-    PRIORITY, and with LFU when an entry arrives with a use count of its own (a restore). The bucket lists for LFU
-    follow "An O(1) algorithm for implementing the LFU cache eviction scheme" (Shah, Mitra, Matani, 2010).
+    A change of one slot is O(1), unless its bucket must be searched for: O(number of distinct keys). That happens with
+    PRIORITY, and with LFU if an entry arrives with a use count of its own (a restore). The bucket lists for LFU follow
+    "An O(1) algorithm for implementing the LFU cache eviction scheme" (Shah, Mitra, Matani, 2010).
 
-    The numbers of a node (sequence, count, priority) are the truth; links and buckets are derived and rebuilt from
-    them. It knows slots, and neither keys nor blocks. The caller locks: in a pool, whose segment has the buffer, by
-    the pool's lock.
+    The numbers of a node (sequence, count, priority) are the truth. Links and buckets are derived and rebuilt from
+    them. The class knows slots, but neither keys nor blocks. The caller must hold the lock: in a pool, whose segment
+    has the buffer, the pool's lock.
     """
 
     is_adaptive = False
@@ -1151,11 +1151,11 @@ class EvictionOrder:
 
     @staticmethod
     def buffer_bytes(num_slots: int) -> int:
-        """Size of the order buffer."""
+        """Return the size of the order buffer."""
         return 4 * (_BUCKETS + _BUCKET_HALVES * num_slots + _NODE_HALVES * (num_slots + 1))
 
     def take_over(self, other: EvictionOrder, slots: Iterable[int]) -> None:
-        """Become what another order of the same policy, over a smaller buffer, is; these slots are in it."""
+        """Copy another order of the same policy, over a smaller buffer, which holds these slots."""
         size = (other.num_slots + 1) * _NODE_HALVES
         self._halves[self._nodes : self._nodes + size] = other._halves[other._nodes : other._nodes + size]
         for word in (_CLOCK, _GAP, _WEIGHTS):
@@ -1168,7 +1168,7 @@ class EvictionOrder:
         return self._nodes + slot * _NODE_HALVES
 
     def stamp(self, slot: int, count: int, priority: int) -> None:
-        """Give a slot its numbers: the next sequence number, a use count, a priority."""
+        """Set the numbers of a slot: the next sequence number, a use count, a priority."""
         words = self._words
         word = (self._nodes + slot * _NODE_HALVES) >> 1
         words[_CLOCK] = words[word + _SEQUENCE] = words[_CLOCK] + 1
@@ -1182,7 +1182,7 @@ class EvictionOrder:
         return sequence, count, priority
 
     def link(self, slot: int) -> None:
-        """Put a stamped slot into the order, behind all others of its key."""
+        """Link a stamped slot into the order, behind all others of its key."""
         halves, words = self._halves, self._words
         node = self._nodes + slot * _NODE_HALVES
         bucket = halves[_RING + _LOWER]  # the highest one; restored entries come in ascending order
@@ -1203,7 +1203,7 @@ class EvictionOrder:
         halves[bucket] = node
 
     def unlink(self, slot: int) -> None:
-        """Take a slot out of the order."""
+        """Unlink a slot from the order."""
         halves = self._halves
         node = self._node(slot)
         before, behind = halves[node], halves[node + _NEXT]
@@ -1213,7 +1213,7 @@ class EvictionOrder:
             self._drop_bucket(before)
 
     def touch(self, slot: int) -> None:
-        """Count a use of a slot and move it where the policy wants it."""
+        """Count a use of a slot and move it to its new place."""
         words = self._words
         word = ((self._nodes + slot * _NODE_HALVES) >> 1) + _COUNT
         words[word] = count = words[word] + 1
@@ -1233,11 +1233,11 @@ class EvictionOrder:
                 self.renew(slot)
 
     def replace(self, slot: int) -> None:
-        """Queue a slot whose value is replaced: like a new one, with the use count and priority that it has."""
+        """Move a slot whose value is replaced to the place of a new one; its use count and priority stay."""
         self.renew(slot)
 
     def renew(self, slot: int, new_key: int | None = None) -> None:
-        """Move a slot behind all others of its key, or of the new one, which is not lower."""
+        """Move a slot behind all others of its key, or of `new_key`, which must not be lower."""
         halves, words = self._halves, self._words
         node = self._nodes + slot * _NODE_HALVES
         words[_CLOCK] = words[(node >> 1) + _SEQUENCE] = words[_CLOCK] + 1
@@ -1246,7 +1246,7 @@ class EvictionOrder:
         if new_key is not None:
             target = halves[bucket + _HIGHER]
             if target == _RING or words[(target >> 1) + _KEY] != new_key:
-                if before == behind:  # alone in its bucket, which can have the new key as well
+                if before == behind:  # alone in its bucket: give that the new key
                     words[(bucket >> 1) + _KEY] = new_key
                     return
                 target = self._new_bucket(bucket, new_key)
@@ -1267,11 +1267,11 @@ class EvictionOrder:
     def touch_path(
         self, path: Sequence[int], unused: Container[int] = (), ends_prompt: bool = False, least: Least = NO_LEAST
     ) -> Least:
-        """Count a use of the slots of one path, root first, so that under every policy a child goes before its parent.
+        """Count a use of the slots of one path, root first. Under every policy a child then goes before its parent.
 
-        The deepest is queued first, under FIFO too; and no parent keeps a lower use count or priority than its child.
-        Slots in `unused` were stored just now, which is no use. `ends_prompt`: the last one holds the end of a prompt.
-        A long path is touched in parts, the deepest first: each gets as `least` what the one below it returned.
+        The deepest slot is queued first, under FIFO too. No parent keeps a lower use count or priority than its child.
+        Slots in `unused` were stored just now, which is no use. `ends_prompt`: the last slot holds the end of a prompt.
+        A long path is touched in parts, deepest first: each gets as `least` the return value of the part below it.
         """
         least_count, least_priority = least
         words, nodes = self._words, self._nodes
@@ -1291,31 +1291,31 @@ class EvictionOrder:
         return least_count, least_priority
 
     def remember(self, slot: int, key: bytes) -> None:
-        """Note that the entry in a slot, of that key, is about to be evicted."""
+        """Leave a ghost of the entry of `key` in a slot, which is about to be evicted; only ADAPTIVE has ghosts."""
 
     def recall(self, key: bytes) -> int:
-        """How often an entry that is stored now was used before it was evicted, as far as that is known."""
+        """Return the use count of an entry that is stored again after its eviction, 0 if it is not known."""
         return 0
 
     def configure(self, packed_weights: int) -> None:
-        """Let ADAPTIVE, now or later, go by these weights; 0: by reuse gaps."""
+        """Set the weights of ADAPTIVE, if it is the policy now or later; 0: use reuse gaps."""
         self._words[_WEIGHTS] = packed_weights
 
     def forget_ends(self, slots: Iterable[int]) -> None:
-        """Take no slot for the end of a prompt any more: only ADAPTIVE keeps that up to date."""
+        """Clear the mark for the end of a prompt in these slots: only ADAPTIVE keeps it up to date."""
         for slot in slots:
             self._halves[self._node(slot) + _TAIL] = 0
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
     def victims(self) -> Iterator[int]:
-        """Slots, next victim first. The order must not change meanwhile."""
+        """Yield the slots, next victim first. The order must not change meanwhile."""
         return self._walk()
 
     def _walk(self) -> Iterator[int]:
-        """Slots bucket by bucket."""
+        """Yield the slots bucket by bucket; IndexError if the links go in a circle."""
         halves = self._halves
-        left = 2 * self.num_slots  # links that go in a circle must not hang anybody
+        left = 2 * self.num_slots  # so that such links hang no caller
         bucket = halves[_RING + _HIGHER]
         while bucket != _RING:
             node = halves[bucket + _FIRST]
@@ -1331,7 +1331,7 @@ class EvictionOrder:
                 raise IndexError
 
     def sort_key(self, slot: int) -> tuple[int, int]:
-        """Return what the order is sorted by: (policy key, sequence number)."""
+        """Return (policy key, sequence number) of a slot, by which the order is sorted."""
         node = self._node(slot)
         return self._key(node), self._words[(node >> 1) + _SEQUENCE]
 
@@ -1339,7 +1339,7 @@ class EvictionOrder:
         return self._key_of(self._words[(node >> 1) + _COUNT], self._words[(node >> 1) + _PRIORITY])
 
     def _tails(self, top: int) -> list[int]:
-        """Return, of the slots from 0 to `top`, which come before all others."""
+        """Return, for each slot from 0 to `top`, 1 if it ends a prompt and so comes before all others, else 0."""
         return [0] * (top + 1)
 
     def copy(self, slot: int) -> bytes:
@@ -1348,15 +1348,15 @@ class EvictionOrder:
         return self._halves[node : node + _NODE_HALVES].tobytes()
 
     def note_of(self, is_tail: int, sequence: int, count: int, priority: int, slot: int, num_blocks: int) -> Note:
-        """Return what the place of a slot in the order depends on, for `in_victim_order`."""
+        """Return the numbers on which the place of a slot in the order depends, for `in_victim_order`."""
         return self._key_of(count, priority), sequence, slot, count, num_blocks
 
     def waste_now(self) -> Waste | None:
-        """Return `waste` for `in_victim_order`; None: bucket by bucket."""
+        """Return `waste` for `in_victim_order`; None: the order is bucket by bucket."""
         return None
 
     def weights(self) -> dict[str, float] | None:
-        """Return the weights that ADAPTIVE goes by; None: by reuse gaps."""
+        """Return the weights of ADAPTIVE; None: it uses reuse gaps, or is not the policy."""
         return None
 
     def oldest_first(self, slots: Iterable[int]) -> list[int]:
@@ -1365,7 +1365,7 @@ class EvictionOrder:
         return sorted(slots, key=self._column(_SEQUENCE, max(slots, default=0)).__getitem__)
 
     def _column(self, word: int, top: int) -> list[int]:
-        """Return this word of the nodes of the slots from 0 to `top`."""
+        """Return a word of each node, for the slots from 0 to `top`."""
         first = (self._nodes >> 1) + word
         column: list[int] = self._words[first : first + top * (_NODE_HALVES >> 1) + 1 : _NODE_HALVES >> 1].tolist()
         return column
@@ -1381,7 +1381,7 @@ class EvictionOrder:
         sequences, counts, priorities = (self._column(word, top) for word in (_SEQUENCE, _COUNT, _PRIORITY))
         tails = self._tails(top)
         if any(not (0 <= sequences[slot] < 1 << 62 and 0 <= counts[slot] < 1 << 62) for slot in slots):
-            # Stray writes; no pool gets that far.
+            # Stray writes: no pool counts that far.
             for number, slot in enumerate(sorted(slots, key=self.sort_key), 1):
                 if not (0 <= sequences[slot] < 1 << 62 and 0 <= counts[slot] < 1 << 62):
                     words[(self._node(slot) >> 1) + _SEQUENCE] = sequences[slot] = number
@@ -1419,7 +1419,7 @@ class EvictionOrder:
             halves[nodes + at : end : _NODE_HALVES] = _words32(column)
 
     def check(self, slots: Iterable[int]) -> list[str]:
-        """Problems found when comparing the order with these slots, which are the ones that should be in it."""
+        """Return the problems found when comparing the order with `slots`, which it should hold; one pass over it."""
         expected = sorted(slots, key=self.sort_key)
         try:
             found = list(itertools.islice(self._walk(), len(expected) + 1))
@@ -1430,7 +1430,7 @@ class EvictionOrder:
         return [f"eviction order lists slots {found[:8]}..., the records say {expected[:8]}..."]
 
     def _new_bucket(self, lower: int, key: int) -> int:
-        """Return an empty bucket right above another one."""
+        """Return a new, empty bucket right above the bucket `lower`."""
         halves, words = self._halves, self._words
         bucket = words[_FREE_BUCKET]
         if bucket:
@@ -1457,17 +1457,17 @@ class EvictionOrder:
 
 
 class AdaptiveOrder(EvictionOrder):
-    """The order of the policy ADAPTIVE: by worth, of which only the heads of the buckets are compared.
+    """The order of the policy ADAPTIVE: by worth. Only the heads of the buckets are compared.
 
-    There is a bucket each for entries put but not used since, used once, twice, and more often, and one for those
-    that end a prompt and were not used before. An entry is worth its last use plus a bonus for its bucket:
-    `REUSE_BONUS` times G, the typical gap between the first and second use of an entry, which is the exponential of a
-    running mean of the gaps' logarithms. Time is counted in blocks touched. The victim is the cheapest of the
-    bucket's heads, and of heads of several sizes the one that frees most: the distance to the greatest possible worth
-    counts once for every block. Ghosts remember the uses of entries evicted lately, so that one that comes back is
-    not taken for new, and G learns from its gap.
-    With weights, the same heads are compared by a weighted sum of three numbers from 0 to 1 instead: how long unused,
-    age / (age + capacity); how seldom used, of three times; how large, 1 - 1 / blocks.
+    There is a bucket each for entries not used since their put, used once, twice, and more often. One more is for
+    unused entries that end a prompt. The worth of an entry is its last use plus `REUSE_BONUS` of its bucket times G.
+    G is the typical gap between the first and second use of an entry: the exponential of a running mean of the gaps'
+    logarithms. Time is counted in blocks touched. The victim is the head that is furthest below the greatest possible
+    worth. That distance counts once for every block, so that of heads of several sizes the victim frees most.
+    Ghosts keep the use counts of entries evicted lately. So an entry that comes back is not taken for new, and G learns
+    from its gap.
+    With weights, the same heads are compared by a weighted sum of three numbers from 0 to 1. Time unused counts as
+    age / (age + capacity), rare use as 1 - min(uses, 3) / 3, size as 1 - 1 / blocks.
     """
 
     is_adaptive = True
@@ -1480,7 +1480,7 @@ class AdaptiveOrder(EvictionOrder):
         blocks_of: Callable[[int], int],
         ghosts: memoryview,
     ) -> None:
-        """`capacity` in blocks is what G is at first; `blocks_of(slot)` is the size of an entry."""
+        """Work over these buffers. `capacity`, in blocks, is G at first; `blocks_of(slot)` is the size of an entry."""
         super().__init__(EvictionPolicy.ADAPTIVE, buffer, num_slots)
         self._capacity = capacity
         self._blocks_of = blocks_of
@@ -1489,14 +1489,14 @@ class AdaptiveOrder(EvictionOrder):
 
     @staticmethod
     def ghost_bytes(num_slots: int) -> int:
-        """Size of the buffer of ghosts."""
+        """Return the size of the buffer of ghosts."""
         return 24 * GHOSTS_PER_SLOT * num_slots
 
     def take_over(self, other: EvictionOrder, slots: Iterable[int]) -> None:
         ghosts = cast(AdaptiveOrder, other)._ghosts
         words_per_set = 3 * _GHOST_WAYS
         for at in range(0, len(ghosts), 3):
-            if ghosts[at]:  # each set splits in two, so all can keep their places in it
+            if ghosts[at]:  # each set splits in two, so all ghosts can keep their places in it
                 new = words_per_set * (ghosts[at] % self._ghost_sets) + at % words_per_set
                 self._ghosts[new : new + 3] = ghosts[at : at + 3]
         super().take_over(other, slots)
@@ -1526,7 +1526,7 @@ class AdaptiveOrder(EvictionOrder):
     ) -> Least:
         clock = self._words[_CLOCK]
         numbers = list(map(self.numbers, path))
-        ends_prompt = ends_prompt and bool(path) and not numbers[-1][1]  # one that was used again is like any other
+        ends_prompt = ends_prompt and bool(path) and not numbers[-1][1]  # an end that was used is like any other entry
         least = super().touch_path(path, unused, False, least)
         if ends_prompt:
             self.unlink(path[-1])
@@ -1547,13 +1547,13 @@ class AdaptiveOrder(EvictionOrder):
         return learnt / (1 << 32) if 0 < learnt < 64 << 32 else math.log(self._capacity)
 
     def _learn(self, gaps: Sequence[int]) -> None:
-        """Take in the gaps, in blocks, between the first and the second use of entries."""
+        """Add gaps, in blocks, between the first and the second use of entries to the running mean."""
         mean, count = self._mean(), len(gaps)
         mean += (sum(map(math.log, gaps)) / count - mean) * count / (count + GAP_MEMORY)
         self._words[_GAP] = max(1, int(mean * (1 << 32)))
 
     def remember(self, slot: int, key: bytes) -> None:
-        """Leave a ghost of an entry that is about to be evicted; the oldest of its set makes room."""
+        """Leave a ghost of an entry that is about to be evicted; in a full set it replaces the oldest one."""
         words, ghosts, digest = self._words, self._ghosts, key_digest(key)
         word = (self._nodes + slot * _NODE_HALVES) >> 1
         at = 3 * _GHOST_WAYS * (digest % self._ghost_sets)
@@ -1566,7 +1566,7 @@ class AdaptiveOrder(EvictionOrder):
         ghosts[at] = digest
 
     def recall(self, key: bytes) -> int:
-        """How often an entry that is stored now was used before, as far as its ghost tells, which goes."""
+        """Return one more than the use count in the ghost of the key, which is removed; 0 if it has none."""
         ghosts, digest = self._ghosts, key_digest(key)
         at = 3 * _GHOST_WAYS * (digest % self._ghost_sets)
         found = _GHOST_SET.unpack(ghosts[at : at + 3 * _GHOST_WAYS])
@@ -1589,7 +1589,7 @@ class AdaptiveOrder(EvictionOrder):
     def victims(self) -> Iterator[int]:
         halves, words, blocks_of, nodes = self._halves, self._words, self._blocks_of, self._nodes
         waste = self.waste_now()
-        heads: list[tuple[float, int, int]] = []  # how much it should go, node, bucket
+        heads: list[tuple[float, int, int]] = []  # waste, node, bucket
         fresh = self._heads()
         for _ in range(self.num_slots):
             for node, bucket in fresh:
@@ -1608,7 +1608,7 @@ class AdaptiveOrder(EvictionOrder):
             raise IndexError
 
     def _heads(self) -> list[tuple[int, int]]:
-        """Return (node, bucket) of the first of each bucket."""
+        """Return (first node, bucket) of each bucket."""
         halves = self._halves
         heads: list[tuple[int, int]] = []
         bucket = halves[_RING + _HIGHER]
@@ -1618,14 +1618,14 @@ class AdaptiveOrder(EvictionOrder):
         return heads
 
     def waste_now(self) -> Waste:
-        """How much an entry should go as of now, from its policy key, sequence number, use count and blocks.
+        """Return a function of (policy key, sequence number, use count, blocks) of an entry; the greatest value goes.
 
-        Nothing in it depends on other entries, nor would the order then.
+        It is as of now. It depends on no other entry, so the order of two entries does not either.
         """
         words, capacity = self._words, self._capacity
         clock, gap = words[_CLOCK], math.exp(self._mean())
         by_name = words[_WEIGHTS] and self.weights()
-        if not by_name:  # how far below the greatest possible worth, once for every block
+        if not by_name:  # the distance to the greatest possible worth, once for every block
             return lambda key, sequence, _, num_blocks: (clock - sequence + REUSE_LACK[key] * gap) * num_blocks
         recency, frequency, size = by_name.values()
 
@@ -1675,10 +1675,10 @@ def private_order(
 
 
 class EvictionManager:
-    """An `EvictionOrder` by key, over private memory; all methods are thread-safe. A pool does without it."""
+    """An `EvictionOrder` by key, over private memory. All methods are thread-safe. Pools do not use it."""
 
     def __init__(self, policy: EvictionPolicy | str, *, num_slots: int = 64, capacity: int = 0) -> None:
-        """`num_slots`: how many entries there is room for, to begin with; `capacity`: see `AdaptiveOrder`."""
+        """Make an empty order with space for `num_slots` entries, which grows; `capacity`: see `AdaptiveOrder`."""
         self._capacity = capacity or num_slots
         self._lock = threading.Lock()
         self._slot_of: dict[str, int] = {}
@@ -1694,7 +1694,7 @@ class EvictionManager:
         return -(-self._entry_of[slot].size // BLOCK_SIZE) or 1
 
     def add(self, entry: CacheEntry) -> None:
-        """Track an entry as the most recently used one; one of the same key is replaced."""
+        """Insert an entry as the most recently used one, in place of an entry with the same key."""
         if not isinstance(entry, CacheEntry):
             raise InvalidArgumentError(f"entry is a {type(entry).__name__}, it must be a CacheEntry")
         check_int("size", entry.size, 0)
@@ -1732,26 +1732,26 @@ class EvictionManager:
                 self._entry_of[slot].last_accessed = time.time()
 
     def remove(self, key: str, evicted: bool = False) -> None:
-        """Forget an entry; an unknown key is ignored. One that was `evicted` leaves a ghost under ADAPTIVE."""
+        """Remove an entry; an unknown key is ignored. If it was `evicted`, it leaves a ghost under ADAPTIVE."""
         with self._lock:
             if evicted and key in self._slot_of:
                 self._order.remember(self._slot_of[key], key.encode())
             self._remove(key)
 
     def configure_adaptive(self, weights: Mapping[str, float] | None) -> None:
-        """Let ADAPTIVE go by these weights, see `KVCachePool.configure_adaptive`; None: by reuse gaps again."""
+        """Set the weights of ADAPTIVE, see `KVCachePool.configure_adaptive`; None: use reuse gaps again."""
         packed = pack_weights(weights)
         with self._lock:
             self._order.configure(packed)
 
     def get_eviction_candidates(self, count: int) -> list[str]:
-        """Up to `count` keys, next victim first."""
+        """Return up to `count` keys, next victim first."""
         check_int("count", count, 0)
         with self._lock:
             return [self._entry_of[slot].key for slot in itertools.islice(self._order.victims(), count)]
 
     def get_all_entries(self) -> list[CacheEntry]:
-        """Return all tracked entries, in the order they were added."""
+        """Return all entries, in the order they were added."""
         with self._lock:
             return [self._entry_of[slot] for slot in self._slot_of.values()]
 
@@ -1763,7 +1763,7 @@ class EvictionManager:
             self._free_slots.append(slot)
 
     def _grow(self) -> None:
-        """Double the private buffer; the order, and what ADAPTIVE remembers, stay as they are."""
+        """Double the private buffer; the order, and the ghosts of ADAPTIVE, stay as they are."""
         order = private_order(self.policy, 2 * self._order.num_slots, self._capacity, self._blocks_of)
         order.take_over(self._order, self._entry_of)
         self._order = order
@@ -1773,21 +1773,21 @@ class EvictionManager:
 # Planning
 # ======================================================================================================================
 
-# Pure functions that say what to evict and to move so that free blocks lie together. Entries in use can do neither:
-# they cut the data region into sections, and every value lies in one of them.
+# Pure functions that plan which entries to evict and to move so that free blocks lie together. Entries in use stay:
+# they cut the data region into sections, and every other value lies in one of them.
 
 MAX_TARGETS = 8
 Extent = tuple[int, int, int]  # first block, number of blocks, slot
 Move = tuple[int, int]  # slot, new first block
-Plan = tuple[list[int], list[Move]]  # slots to evict; then what to move, in this order
+Plan = tuple[list[int], list[Move]]  # slots to evict; then the moves, in this order
 
 
 class Section(NamedTuple):
     """Blocks between two extents that can't move."""
 
     low: int  # the first block
-    high: int  # the one behind the last
-    extents: list[Extent]  # that can be moved and evicted, by first block
+    high: int  # the block behind the last
+    extents: list[Extent]  # of entries that can be moved and evicted, by first block
 
     def without(self, gone: Container[int]) -> Section:
         """Return the section once these slots are evicted."""
@@ -1799,7 +1799,7 @@ class Section(NamedTuple):
 
 
 def cut_sections(movable: list[Extent], fixed: list[Extent], num_blocks: int) -> list[Section]:
-    """Return the sections of a data region; both lists are sorted by first block."""
+    """Return the sections of a data region. Both lists must be sorted by first block."""
     sections, low, begin = [], 0, 0
     for start, length, _ in [*fixed, (num_blocks, 0, 0)]:
         end = bisect.bisect_left(movable, (start, 0, 0), begin)
@@ -1809,7 +1809,7 @@ def cut_sections(movable: list[Extent], fixed: list[Extent], num_blocks: int) ->
 
 
 def join_extents(extents: Iterable[Extent]) -> Iterator[tuple[int, int]]:
-    """Return (first block, number of blocks) of the runs that extents make, which are sorted by first block."""
+    """Yield (first block, number of blocks) of the runs that extents make, which must be sorted by first block."""
     begin = end = 0
     for start, length, _ in extents:
         if start != end:
@@ -1822,7 +1822,7 @@ def join_extents(extents: Iterable[Extent]) -> Iterator[tuple[int, int]]:
 
 
 def widest_section(fixed: list[Extent], num_blocks: int) -> int:
-    """Return how many blocks the largest section has, between extents that are sorted in here: 0.5 us each."""
+    """Return the number of blocks of the largest section between `fixed`, in any order: 0.5 us an extent."""
     widest = low = 0
     for start, length, _ in sorted(fixed):
         widest = max(widest, start - low)
@@ -1831,11 +1831,11 @@ def widest_section(fixed: list[Extent], num_blocks: int) -> int:
 
 
 def plan_room(sections: list[Section], num_blocks: int, candidates: Iterable[int], need_slot: bool) -> Plan | None:
-    """Return what to evict, first `candidates` first, and to move, so that `num_blocks` free ones lie together.
+    """Return the slots to evict, in the order of `candidates`, and the moves that join `num_blocks` free blocks.
 
-    No more is evicted than must be. `need_slot`: at least one entry goes. None if pins make it impossible, which is
-    known before any candidate is looked at. Takes 1 us an extent; up to 7 where pins split the free blocks, and entries
-    must change sections.
+    It evicts no more than it must. `need_slot`: at least one entry is evicted. None if pins make it impossible: no
+    section is wide enough, which is checked first, or the candidates run out. Takes 1 us an extent, and up to 7 where
+    pins split the free blocks and entries must change sections.
     """
     if all(section.high - section.low < num_blocks for section in sections):
         return None
@@ -1845,7 +1845,7 @@ def plan_room(sections: list[Section], num_blocks: int, candidates: Iterable[int
     free = [section.num_free for section in sections]
     total, most = sum(free), max(free)
     victims: list[int] = []
-    least = -1  # how many victims free enough blocks, wherever these lie
+    least = -1  # the number of victims that free enough blocks, wherever these lie
     queue = iter(candidates)
     while most < num_blocks or least < 0:
         if least < 0 and total >= num_blocks and (victims or not need_slot):
@@ -1854,7 +1854,7 @@ def plan_room(sections: list[Section], num_blocks: int, candidates: Iterable[int
         slot = next(queue, 0)
         if not slot:
             return None
-        if slot not in section_of:  # a reader has left it since, without the lock
+        if slot not in section_of:  # a reader has unpinned it since, without the lock
             continue
         victims.append(slot)
         number, length = section_of[slot]
@@ -1867,7 +1867,7 @@ def plan_room(sections: list[Section], num_blocks: int, candidates: Iterable[int
         left = [section.without(gone) for section in sections] if gone else sections
         return plan_slide(left, num_blocks) if count == len(victims) else plan_exchange(left, num_blocks)
 
-    # Between `least` victims and all of them, which make room in one section, moving entries to other sections may do.
+    # All victims make room in one section. Fewer, but at least `least`, may do if entries move to other sections.
     enough, step = least, 1
     while (moves := moves_after(enough)) is None:
         least, enough, step = enough + 1, min(enough + step, len(victims)), 2 * step
@@ -1882,7 +1882,7 @@ def plan_room(sections: list[Section], num_blocks: int, candidates: Iterable[int
 
 
 def plan_slide(sections: list[Section], num_blocks: int) -> list[Move] | None:
-    """Return the moves of fewest blocks within one section that bring `num_blocks` free ones together."""
+    """Return the moves of fewest blocks within one section that join `num_blocks` free blocks; None if none do."""
     best: tuple[int, list[Extent], int] | None = None
     for low, high, extents in sections:
         starts = [start for start, _, _ in extents] + [high]
@@ -1913,10 +1913,10 @@ def slide(extents: list[Extent], low: int) -> list[Move]:
 
 
 def plan_exchange(sections: list[Section], num_blocks: int) -> list[Move] | None:
-    """The moves that free `num_blocks` together in one section by moving entries to others; None if none are found.
+    """Return moves to other sections that join `num_blocks` free blocks in one section; None if none are found.
 
-    Best fit: the smallest entry that is enough alone, else the largest, goes where it leaves the least room. Of the
-    sections that are wide enough only the `MAX_TARGETS` with the most free blocks are tried.
+    Best fit: the smallest entry that is enough alone, else the largest, goes where it leaves the fewest free blocks.
+    Of the sections that are wide enough only the `MAX_TARGETS` with the most free blocks are tried.
     """
     free = [section.num_free for section in sections]
     rooms = sorted((room, number) for number, room in enumerate(free) if room)
@@ -1955,7 +1955,7 @@ def plan_exchange(sections: list[Section], num_blocks: int) -> list[Move] | None
 
 
 def _record_lock(fd: int, kind: int, offset: int, command: int) -> bytes:
-    """One call of the kernel's open-file-description locks (Linux 3.15): the byte at `offset`, far behind the data."""
+    """Lock, unlock or query the byte at `offset`, far behind the data, by open-file-description lock (Linux 3.15)."""
     return fcntl.fcntl(fd, command, struct.pack("hhqqi4x", kind, os.SEEK_SET, offset, 1, 0))
 
 
@@ -1984,7 +1984,7 @@ def _somebody_has_open(path: str) -> bool:
         os.close(fd)
 
 
-# A limit and what is used of it, in a directory of a memory cgroup: version 2, then version 1.
+# Files in a directory of a memory cgroup: a limit, and the memory that counts against it. Version 2, then version 1.
 CGROUP_LIMITS = (
     ("memory.max", "memory.current"),
     ("memory.high", "memory.current"),  # beyond it the kernel slows the process down to a standstill
@@ -1994,7 +1994,7 @@ CGROUP_LIMITS = (
 
 
 def _read_text(path: str) -> str:
-    """Return the content of a small file of the kernel, "" if it can't be read."""
+    """Return the text of a small file of the kernel, "" if it can't be read."""
     with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8", errors="surrogateescape") as file:
         return file.read()
     return ""
@@ -2021,7 +2021,7 @@ def _cgroup_directories(process: str = "/proc/self") -> Iterator[str]:
         if f"{path}/".startswith(f"{root}/"):
             below = path[len(root) :].strip("/")
         elif set(root.split("/")) == {"", ".."}:
-            # The mount is so many levels above our cgroup namespace, which does not say by which names.
+            # For each "..", the mount is one level above our cgroup namespace, which does not tell their names.
             import glob
 
             below, levels = "", "/*" * root.count("..")
@@ -2036,12 +2036,12 @@ def _cgroup_directories(process: str = "/proc/self") -> Iterator[str]:
         while below:
             below = os.path.dirname(below)
             directory = os.path.join(top, below) if below else top
-            if _read_text(f"{directory}/memory.use_hierarchy").strip() != "0":  # version 1: whether it limits ours
+            if _read_text(f"{directory}/memory.use_hierarchy").strip() != "0":  # "0": version 1, it does not limit ours
                 yield directory
 
 
 def _cgroup_memory(directory: str) -> Iterator[tuple[int, str]]:
-    """Yield (bytes that can be had, name of the limit) for each limit that a directory of a memory cgroup sets.
+    """Yield (available bytes, name of the limit) for each limit that a directory of a memory cgroup sets.
 
     Page cache that the kernel can drop does not count as used. Shared memory is no such cache.
     """
@@ -2050,13 +2050,13 @@ def _cgroup_memory(directory: str) -> Iterator[tuple[int, str]]:
         name, _, value = line.partition(" ")
         if value.isdigit():
             numbers[name] = int(value)
-    whole = "total_" if "total_inactive_file" in numbers else ""  # version 1: with all cgroups below
+    whole = "total_" if "total_inactive_file" in numbers else ""  # version 1: including all cgroups below
     cache = numbers.get(f"{whole}inactive_file", 0) + numbers.get(f"{whole}active_file", 0)
     for limit_name, used_name in CGROUP_LIMITS:
         limit, used = (_read_text(f"{directory}/{name}").strip() for name in (limit_name, used_name))
         if limit.isdigit() and used.isdigit():
             bound = int(limit)
-            if limit_name == "memory.limit_in_bytes":  # an ancestor's, which may not be mounted here
+            if limit_name == "memory.limit_in_bytes":  # or the limit of an ancestor that is not mounted here
                 bound = min(bound, numbers.get("hierarchical_memory_limit", bound))
             if bound < 1 << 60:  # else "no limit"
                 text = f"the cgroup {directory} ({limit_name} {format_size(bound)})"
@@ -2064,9 +2064,9 @@ def _cgroup_memory(directory: str) -> Iterator[tuple[int, str]]:
 
 
 def _available_memory(process: str = "/proc/self", meminfo: str = "/proc/meminfo") -> tuple[int, str] | None:
-    """Return (bytes of memory that can be had, what sets the limit), None if that can't be known.
+    """Return (available bytes of memory, name of the limit); None if that can't be known.
 
-    Swap does not count: a cgroup may be kept from it, and a cache in swap is slower than none.
+    Swap does not count: a cgroup may not be allowed to use it, and a cache in swap is slower than none.
     """
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _read_text(meminfo), re.MULTILINE)
     limits = [(1024 * int(found[1]), "this machine")] if found else []
@@ -2076,9 +2076,9 @@ def _available_memory(process: str = "/proc/self", meminfo: str = "/proc/meminfo
 
 
 def _memory_shortage(size: int) -> str:
-    """Return "" if `size` bytes of shared memory can be had, else why not: the kernel would kill a process instead."""
+    """Return "" if `size` bytes of shared memory are available, else the reason: the kernel would kill a process."""
     available = _available_memory()
-    # What comes on top: the kernel's tree of pages and a page table, 8 bytes a page each, and counts that lag behind.
+    # On top come the kernel's tree of pages and a page table, 8 bytes a page each, and counts that lag behind.
     needed = size + (size >> 7) + (1 << 20)
     if available is None or needed <= available[0]:
         return ""
@@ -2089,10 +2089,10 @@ def _memory_shortage(size: int) -> str:
 
 
 def _space_shortage(directory: str, size: int, must: bool = False) -> str:
-    """Return "" if the file system of a directory has `size` bytes free, else a text; with `must` always a text."""
+    """Return "" if the file system of a directory has `size` bytes free, else the reason; with `must` always that."""
     room = os.statvfs(directory)
     free = room.f_bavail * room.f_frsize
-    if not must and (size <= free or not room.f_blocks):  # a tmpfs without a limit says that it has no blocks
+    if not must and (size <= free or not room.f_blocks):  # a tmpfs without a limit has 0 blocks here
         return ""
     fix = "raise Docker's --shm-size, remount it with a larger size=," if directory == SHM_DIR else "free some space"
     return (
@@ -2103,9 +2103,9 @@ def _space_shortage(directory: str, size: int, must: bool = False) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _boot_id() -> int:
-    """Return a number that changes with every boot, 0 if none can be had."""
+    """Return a number that changes with every boot, 0 if there is none."""
     text = _read_text("/proc/sys/kernel/random/boot_id").strip()
-    if not text:  # hidden in some containers
+    if not text:  # some containers hide it
         found = re.search(r"^btime \d+", _read_text("/proc/stat"), re.MULTILINE)
         text = found[0] if found else ""
     return zlib.crc32(text.encode()) or 1 if text else 0
@@ -2119,7 +2119,7 @@ class SegmentHeader(NamedTuple):
     store_path: str
     transient: bool
     identity: str  # random; tells a pool from a later one of the same name
-    first_policy: str  # that the pool was made with; the config has the one of now
+    first_policy: str  # the policy that the pool was made with; the config has the current one
 
     def encode(self) -> tuple[bytes, bytes]:
         """Return (fixed words without the magic, JSON)."""
@@ -2140,7 +2140,7 @@ class SegmentHeader(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes, file_bytes: int, path: str) -> SegmentHeader | None:
-        """Read a header; None if its maker died before it was done; CorruptionError if it is not ours."""
+        """Return the header in `data`; None if its maker died before it was done; CorruptionError if it is not ours."""
         if not data[: len(CACHE_MAGIC)].strip(b"\0"):
             return None
         fixed = data.ljust(HEADER_SIZE, b"\0")
@@ -2161,7 +2161,7 @@ class SegmentHeader(NamedTuple):
         geometry = Geometry(size_bytes, block_size, num_blocks, max_entries, config.record)
         (word,) = struct.unpack_from("q", fixed, 8 * POLICY)
         now = replace(config, eviction_policy=_policy_now(config, word).value)
-        # Ghosts stay when the policy changes again. A crash may leave a part of them; mapping them makes the rest.
+        # Ghosts stay when the policy changes again. A crash may leave a part of them; `map_ghosts` makes the rest.
         if not geometry.total_bytes <= file_bytes <= geometry.bytes_with_ghosts:
             raise CorruptionError(
                 f"{path} has {file_bytes} bytes, its header says {geometry.total_bytes} to "
@@ -2179,7 +2179,7 @@ def _policy_now(config: CachePoolConfig, word: int) -> EvictionPolicy:
 
 
 def read_header(path: str) -> SegmentHeader | None:
-    """The header of the segment at `path`; None as in `SegmentHeader.decode`. FileNotFoundError if it is not there."""
+    """Return the header of the segment at `path`, or None, as `SegmentHeader.decode` does. May be FileNotFoundError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return SegmentHeader.decode(os.pread(fd, HEADER_SIZE, 0), os.fstat(fd).st_size, path)
@@ -2188,12 +2188,12 @@ def read_header(path: str) -> SegmentHeader | None:
 
 
 def _map_pages(memory: mmap.mmap, offset: int, size: int) -> None:
-    """Read a byte of every window before writing: a seventh of what the write faults cost, page by page."""
+    """Map the pages of a range before a write, by a read in each window: a seventh of the cost of write faults."""
     _ = memory[offset & -FAULT_AROUND : offset + size : FAULT_AROUND]
 
 
 class Memory:
-    """The bytes of a pool, also seen as 64-bit words, 32-bit halves and floats. A slice of `memory` is a copy."""
+    """The bytes of a pool, also as 64-bit words, 32-bit halves and floats. A slice of `memory` is a copy."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         self.memory = memory
@@ -2204,7 +2204,7 @@ class Memory:
         self.floats = self.buffer.cast("d")
 
     def release(self) -> None:
-        """Unmap the memory, once no view shows it any more."""
+        """Unmap the memory as soon as no view shows it any more."""
         for name in ("halves", "words", "floats", "read_only", "buffer"):
             if hasattr(self, name):
                 getattr(self, name).release()
@@ -2216,19 +2216,19 @@ class Segment(Memory):
     """One pool's file, its locks, and once mapped its memory.
 
     A segment of tier cpu is POSIX shared memory: a file of /dev/shm, which is all that `shm_open` opens on Linux. It is
-    mapped without `multiprocessing.shared_memory`, whose import takes longer than all the rest of opening a pool, and
-    whose resource tracker unlinks live pools at exit (cpython#82300; `track=False` exists only from Python 3.13 on).
+    mapped without `multiprocessing.shared_memory`: its import takes longer than all the rest of opening a pool. Its
+    resource tracker also unlinks live pools at exit (cpython#82300; `track=False` exists only from Python 3.13 on).
 
-    `fd` is an open file description of our own, on which `flock` and the byte locks are taken. It must not be the one
-    that mmap keeps: a forked child shares that, and would hold our locks after our death. `map_fd` is that one: it maps
-    more of the file later, when the path may lead elsewhere, or the process may have lost the right to open it.
+    `fd` is an open file description of our own, on which `flock` and the byte locks are taken. mmap keeps another one,
+    `map_fd`. A forked child shares that, so locks on it would outlive our process. `map_fd` also maps more of the file
+    later, when the path may lead elsewhere, or the process may have lost the right to open it.
 
-    `Segment(path)` opens the file and locks its name. Then it is either mapped (`map`), or made (`make`), and its name
-    unlocked, or it is closed.
+    `Segment(path)` opens the file and locks its name. Then the caller maps it (`map`) or makes it (`make`) and unlocks
+    its name, or closes it.
     """
 
     def __init__(self, path: str, *, make: bool = False, wait: bool = True) -> None:
-        """Open the file at `path`, or make an empty one, and lock its name.
+        """Open the file at `path`, or with `make` a new, empty one, and lock its name.
 
         FileNotFoundError, or FileExistsError with `make`, as `os.open` raises it. BlockingIOError if another process
         has the lock and `wait` is false.
@@ -2237,7 +2237,7 @@ class Segment(Memory):
         self.header: SegmentHeader
         self.fd = self.map_fd = -1
         self.session = -1
-        self.is_owned = False  # by a pool, which closes it
+        self.is_owned = False  # True if a pool owns it, and closes it
         self.ghosts: memoryview | None = None
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if make else 0)
         if not _own_process[0]:
@@ -2248,7 +2248,7 @@ class Segment(Memory):
                     with _no_fork:  # a child must know of every file on which we take locks
                         self.fd = os.open(path, flags, 0o600)
                         _segments.add(self)
-                else:  # in a destructor even that could be for ever; `close` unlocks what a child has too
+                else:  # a destructor might wait for `_no_fork` for ever; `close` also unlocks a file that a child has
                     self.fd = os.open(path, flags, 0o600)
                     _segments.add(self)
                 if wait and not make:
@@ -2256,7 +2256,7 @@ class Segment(Memory):
                 elif not _try_lock_byte(self.fd, fcntl.F_WRLCK, NAME_BYTE):
                     if not make:
                         raise BlockingIOError(errno.EAGAIN, "being made, opened or removed by another process")
-                    self._close_files()  # taken for a leftover, and about to be removed: make another one
+                    self._close_files()  # another process took it for a leftover and will remove it: make another one
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(self.fd), os.stat(path)):
@@ -2277,9 +2277,9 @@ class Segment(Memory):
         return _byte_is_locked(self.fd, PRESENCE_BYTE)
 
     def read_live_header(self) -> SegmentHeader | None:
-        """Return the header. The caller has the name locked.
+        """Return the header; None, and the file is removed, if the segment is of no use. The caller must lock the name.
 
-        None, and the file is removed, if its maker died before it was done, or if nobody has a transient pool open.
+        It is of no use if its maker died before it was done, or if it is a transient pool that no process has open.
         """
         data = os.pread(self.fd, HEADER_SIZE, 0)
         header = SegmentHeader.decode(data, os.fstat(self.fd).st_size, self.path)
@@ -2293,7 +2293,7 @@ class Segment(Memory):
         _record_lock(self.fd, fcntl.F_UNLCK, NAME_BYTE, fcntl.F_OFD_SETLK)
 
     def map(self, header: SegmentHeader) -> None:
-        """Count as a user of the segment and map its memory. The caller has the name locked."""
+        """Count as a user of the segment and map its memory. The caller must hold the name lock."""
         self.header = header
         with _os_errors(f"open {self.path}"):
             _record_lock(self.fd, fcntl.F_RDLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLKW)
@@ -2301,27 +2301,27 @@ class Segment(Memory):
             super().__init__(mmap.mmap(self.map_fd, header.geometry.total_bytes))
 
     def make(self, header: SegmentHeader, progress: Progress | None = None) -> None:
-        """Make a pool of an empty file, whole or not at all, and map it. The caller has the name locked."""
+        """Make a pool of an empty file, whole or not at all, and map it. The caller must hold the name lock."""
         try:
             with _os_errors(f"create {self.path}"):
                 os.fchmod(self.fd, 0o600)
                 self._reserve_space(header, progress)
             self.map(header)
             if header.transient and os.path.dirname(self.path) == SHM_DIR:
-                # Who makes such a pool goes on to use it. Mapping its pages makes this take a tenth longer, and would
-                # make the first puts take up to twice as long.
+                # The maker of such a pool goes on to use it. Mapping its pages makes this take a tenth longer. Without
+                # that, the first puts would take up to twice as long.
                 for at in range(0, len(self.memory), RESERVE_CHUNK):
                     _map_pages(self.memory, at, RESERVE_CHUNK)
             self._publish()
         except BaseException:
-            if self.fd >= 0:  # else this is a child that was forked meanwhile: the name is the parent's
+            if self.fd >= 0:  # else this is a child that was forked meanwhile: the parent owns the name
                 with contextlib.suppress(OSError):
                     os.unlink(self.path)
             self.close()
             raise
 
     def map_ghosts(self) -> memoryview:
-        """Return the memory of ghosts, made if it is not there; StorageError if it can't be had."""
+        """Return the memory of ghosts, made if it is not there; StorageError if there is no space for it."""
         if self.ghosts is None:
             offset = self.header.geometry.ghosts_offset
             size = self.header.geometry.bytes_with_ghosts - offset
@@ -2337,15 +2337,15 @@ class Segment(Memory):
     def _reserve_space(self, header: SegmentHeader, progress: Progress | None) -> None:
         """Allocate every page now: a file that only looks large enough kills with SIGBUS at the first touch.
 
-        What dead processes left is removed if it is in the way. Limits are looked at again for every chunk, as others
-        go on using memory.
+        Segments that dead processes left are removed if space is short. Limits are checked again for every chunk, as
+        other processes go on using memory.
         """
         geometry = header.geometry
         has_ghosts = header.first_policy == EvictionPolicy.ADAPTIVE.value
         total = geometry.bytes_with_ghosts if has_ghosts else geometry.total_bytes
         place = os.path.dirname(self.path)
         in_memory = place == SHM_DIR
-        left: list[Leftover] | None = None  # what could not be removed, once the rest has been
+        left: list[Leftover] | None = None  # segments that could not be removed, once the others have been
         zeros = memoryview(bytes(COPY_CHUNK))
         end = 0
         while end < total:
@@ -2354,7 +2354,7 @@ class Segment(Memory):
             try:
                 if not short:
                     os.posix_fallocate(self.fd, at, end - at)
-                    # The kernel zeroes a page of tmpfs when it is first used, unless it is written; now is cheaper.
+                    # The kernel zeroes a page of tmpfs at its first use, unless that is a write: a write is cheaper.
                     if in_memory:
                         for part in range(at, end, COPY_CHUNK):
                             os.pwrite(self.fd, zeros[: end - part], part)
@@ -2374,17 +2374,17 @@ class Segment(Memory):
                 progress(end, total)
 
     def _publish(self) -> None:
-        """Write the header, the magic last: without it there is no pool."""
+        """Write the header, the magic last: without the magic there is no pool."""
         fixed, text = self.header.encode()
         self.memory[HEADER_JSON_AT : HEADER_JSON_AT + len(text)] = text
         self.words[BOOT_ID] = _boot_id()
-        self.words[DIRTY] = 1  # the first one to lock builds the index
+        self.words[DIRTY] = 1  # the first process to lock builds the index
         self.memory[len(CACHE_MAGIC) : len(CACHE_MAGIC) + len(fixed)] = fixed
         self.memory[: len(CACHE_MAGIC)] = CACHE_MAGIC
 
     def note_boot_locked(self) -> None:
-        """Have the index of an nvme pool rebuilt if the machine has been booted since: pages of it may never have
-        reached the disk. The last few boots are known, as containers of one boot may have ids of their own."""
+        """Set DIRTY for an nvme pool after a boot: pages of its index may never have reached the disk. The header has
+        the last few boots, as containers of one boot may have ids of their own. The caller must hold the lock."""
         boot = _boot_id()
         known = self.words[BOOT_ID : BOOT_ID + NUM_BOOT_IDS].tolist()
         if boot and boot not in known and self.header.config.tier == "nvme":
@@ -2397,16 +2397,16 @@ class Segment(Memory):
     def is_alive(self, session: int) -> bool:
         """Return True if the process behind a session still has it open.
 
-        Pids can be recycled and differ between containers; a lock that the kernel drops with the process can't.
+        Pids can be recycled and differ between containers. The lock can't: the kernel releases it with the process.
         """
         return session == self.session or _byte_is_locked(self.fd, SESSION_BYTE + session)
 
     def lock_session(self, session: int) -> bool:
-        """Take the lock that tells others that this session is alive; False if another one has it."""
+        """Take the lock that shows others that this session is alive; return False if another handle has it."""
         return _try_lock_byte(self.fd, fcntl.F_WRLCK, SESSION_BYTE + session)
 
     def can_be_locked(self, patience: float) -> bool:
-        """Return True if the pool's lock is free now, or within so many seconds."""
+        """Return True if the pool's lock is free now, or within `patience` seconds."""
         until = time.monotonic() + patience
         while True:
             with contextlib.suppress(BlockingIOError):
@@ -2418,11 +2418,11 @@ class Segment(Memory):
             time.sleep(STEP_PAUSE)
 
     def withdraw(self) -> None:
-        """Let the pool count as one that we don't have open, but keep the session."""
+        """Stop counting as a user of the segment, but keep the session."""
         _record_lock(self.fd, fcntl.F_UNLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLK)
 
     def reopen_after_fork(self) -> None:
-        """In a forked child: get locks of our own, and let go of the parent's."""
+        """Open the file anew in a forked child, so that it has locks of its own and none of the parent's."""
         self.session = -1
         own = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -2432,11 +2432,11 @@ class Segment(Memory):
         _record_lock(self.fd, fcntl.F_RDLCK, PRESENCE_BYTE, fcntl.F_OFD_SETLKW)
 
     def __del__(self) -> None:
-        if not self.is_owned:  # a collection calls this of a pool that lives on for its views
+        if not self.is_owned:  # a collection also calls this for a pool that lives on for its views
             self.close()
 
     def _close_files(self) -> None:
-        """Close the files, and drop all locks with them."""
+        """Close the files; all locks end with them."""
         for name in ("fd", "map_fd"):
             fd = getattr(self, name)
             setattr(self, name, -1)
@@ -2446,7 +2446,7 @@ class Segment(Memory):
     def close(self) -> None:
         """Close the files and the memory. Memory that a view still shows stays mapped until the last such view is gone.
 
-        Locks are freed by name: a child of a fork in C may have the files open too, without knowing of it.
+        The name is unlocked explicitly: a child of a fork in C may have the file open too, without knowing of it.
         """
         if self.fd >= 0 and _own_process[0]:
             with contextlib.suppress(OSError):
@@ -2457,7 +2457,7 @@ class Segment(Memory):
 
 
 class _OwnPid:
-    """What `_mark_process` falls back on: item 0 is true in the process that has set it last. Costs a system call."""
+    """The fallback of `_mark_process`: item 0 is true in the process that has set it last. Costs a system call."""
 
     def __init__(self) -> None:
         self[0] = 1
@@ -2472,8 +2472,8 @@ class _OwnPid:
 def _mark_process() -> mmap.mmap | _OwnPid:
     """Return a mark whose item 0 is true in this process, and false in a child until the child sets it.
 
-    It is a page that the kernel wipes in every forked child (Linux 4.14), also where the fork runs none of Python's
-    hooks, as one in C does. Looking costs 0.04 us; `getpid` costs up to 0.3.
+    It is a page that the kernel wipes in every forked child (Linux 4.14). That holds for a fork in C too, which runs
+    none of Python's hooks. A look at it costs 0.04 us; `getpid` costs up to 0.3.
     """
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
@@ -2487,13 +2487,13 @@ def _mark_process() -> mmap.mmap | _OwnPid:
 
 _own_process = _mark_process()
 _adopting = threading.RLock()
-_adoptions: list[int] = []  # not empty while the thread that holds it is at work
+_adoptions: list[int] = []  # not empty while the thread that holds `_adopting` is at work
 
 # Every segment that has files open. A forked child closes those that are not part of a pool yet.
 _segments: weakref.WeakSet[Segment] = weakref.WeakSet()
 
-# Held by `fork`, and while a file is opened that locks are taken on: a child that inherits such a file without knowing
-# of it would hold the lock for its whole life. Nobody waits while holding it, but for the lock of a store.
+# Held by `fork`, and while a file for locks is opened. A child that inherits such a file without knowing of it would
+# hold the lock for its whole life. A thread that holds `_no_fork` waits for nothing but the lock of a store.
 _no_fork = threading.RLock()
 _forking: set[int] = set()  # the threads that hold it for a fork
 
@@ -2501,7 +2501,7 @@ _forking: set[int] = set()  # the threads that hold it for a fork
 def _adopt_pools() -> None:
     """Give the pools of a forked child locks and sessions of their own.
 
-    Called by the hook of `os.fork`; and before a call touches anything, when the mark shows a fork that ran no hook.
+    The hook of `os.fork` calls it. So does every call, before it touches anything, if the mark shows a fork without it.
     """
     global _no_fork  # noqa: PLW0603  # a lock that a thread of the parent holds can't be freed
     with _adopting:
@@ -2524,9 +2524,9 @@ def _adopt_pools() -> None:
 
 
 def _in_store(store_path: str, work: Callable[[], _R]) -> _R:
-    """Run `work` under the lock of a store directory; `work` must not wait for anything.
+    """Run `work` under the lock of a store directory and return its result; `work` must not wait for anything.
 
-    A function with try and finally, and no context manager, for the reason given at `_locked`.
+    It is a function with try and finally, and no context manager, for the reason given at `_locked`.
     """
     fd = -1
     if not _own_process[0]:
@@ -2541,15 +2541,13 @@ def _in_store(store_path: str, work: Callable[[], _R]) -> _R:
             return work()
         finally:
             if fd >= 0:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(
-                        fd, fcntl.LOCK_UN
-                    )  # a fork in C meanwhile, which runs no hook, has left a child with it
+                with contextlib.suppress(OSError):  # explicitly: a child of a fork in C, without hooks, may have `fd`
+                    fcntl.flock(fd, fcntl.LOCK_UN)
                 os.close(fd)
 
 
 class Leftover(NamedTuple):
-    """A segment that may be of no use to anybody, and stays all the same."""
+    """A segment that is not removed, although it may be of no use."""
 
     name: str
     size_bytes: int
@@ -2563,10 +2561,10 @@ OUT_OF_SIGHT = "its store directory is not to be seen from here; `cortex cache p
 
 
 def _remove_leftovers(directory: str, force: bool = False) -> tuple[list[str], list[Leftover]]:
-    """Remove the segments of a directory that are of no use to anybody; never waits.
+    """Remove the useless segments of a directory, without waiting; return (their names, those that stay).
 
-    Returns the names of those, and what stays: damaged segments, those of other users, and durable pools that nobody
-    has open and whose store directory is not there. It may be in another container, so only `force` removes them.
+    Damaged segments stay, and those of other users. So do durable pools that no process has open and whose store
+    directory is not there. It may be in another container, so only `force` removes them.
     """
     removed, left = [], []
     for name in sorted(os.listdir(directory)):
@@ -2601,8 +2599,8 @@ def _remove_leftovers(directory: str, force: bool = False) -> tuple[list[str], l
 # ======================================================================================================================
 
 
-# `_new_lock().acquire()` is a memory fence: no read behind it comes before a write ahead of it. The lock is a fresh
-# one, for nobody may wait for another thread here, and taking a lock that this thread has already is no fence.
+# `_new_lock().acquire()` is a memory fence: no read after it comes before a write ahead of it. The lock is a fresh one:
+# no thread may wait for another here, and taking a lock that this thread has already is no fence.
 _new_lock = threading.Lock
 
 
@@ -2610,32 +2608,35 @@ _NOT_ZERO = re.compile(rb"[^\0]")
 
 
 def _not_zero(column: bytes) -> list[int]:
-    """Where bytes are not 0; fast where they are few or none."""
+    """Return the positions of bytes that are not 0; fast if they are few or none."""
     tail = column.lstrip(b"\0")
     begin = len(column) - len(tail)
     return [begin + match.start() for match in _NOT_ZERO.finditer(tail.rstrip(b"\0"))]
 
 
 class EntryTable:
-    """The records of a segment, with a chain of slots for every hash of a key and of a prefix. The pool locks."""
+    """The records of a segment, with a chain of slots for every hash of a key and of a prefix.
+
+    The caller must hold the pool's lock, except for `find`, `find_use`, `is_current` and `state`.
+    """
 
     def __init__(self, memory: Memory, geometry: Geometry) -> None:
         self.memory, self.words = memory.memory, memory.words
         self.halves, self.floats = memory.halves, memory.floats
         self.num_slots = geometry.num_slots
         self.geometry = geometry
-        self._every_slot = range(self.num_slots)  # links that go in a circle must not hang anybody
+        self._every_slot = range(self.num_slots)  # limits walks: links that go in a circle must not hang the caller
         self._data_offset, self._block_size = geometry.data_offset, geometry.block_size
         self._records = geometry.records_offset // 4
         self._key_heads = geometry.heads_offset // 4
         self._prefix_heads = self._key_heads + self.num_slots
 
     def record(self, slot: int) -> int:
-        """Position of a record, in halves; in words it is half of that."""
+        """Return the position of a record, in halves; in words it is half of that."""
         return self._records + slot * HALVES_PER_RECORD
 
     def find(self, key: bytes) -> int:
-        """Slot of the entry, 0 if there is none."""
+        """Return the slot of the entry with this key, 0 if there is none."""
         halves = self.halves
         key_hash = zlib.crc32(key)
         slot = halves[self._key_heads + key_hash % self.num_slots]
@@ -2653,8 +2654,8 @@ class EntryTable:
     def find_use(self, key: bytes) -> tuple[int, int, int]:
         """Return (use, offset from the start of the segment, size) of an entry, without the lock.
 
-        A use is slot | generation << 32. 0: there is no such entry, if no key chain was changed meanwhile. -1: it is
-        just being changed. What is read from that place is the value if `is_current` is true afterwards.
+        A use is slot | generation << 32. 0: there is no such entry, if no key chain was changed meanwhile. -1: the
+        entry is being changed. Bytes read from that place are the value if `is_current` is true afterwards.
         """
         halves, words = self.halves, self.words
         key_hash = zlib.crc32(key)
@@ -2676,13 +2677,13 @@ class EntryTable:
         raise IndexError
 
     def is_current(self, use: int) -> bool:
-        """Return True if an entry is the one that `find_use` found, with its value where it was."""
+        """Return True if the entry that `find_use` found is still there, with its value in the same place."""
         slot = use & 0xFFFFFFFF
         seal: int = self.words[(self._records + slot * HALVES_PER_RECORD) >> 1]
         return seal == use - slot + COMPLETE
 
     def complete(self, slot: int) -> None:
-        """Make a record an entry, in one write, under a generation of its own."""
+        """Make a record an entry, in one write, with a new generation."""
         words = self.words
         generation = words[GENERATION] + 2
         if generation > MAX_GENERATION:
@@ -2691,12 +2692,12 @@ class EntryTable:
         words[(self._records + slot * HALVES_PER_RECORD) >> 1] = COMPLETE | generation << 32
 
     def seal_off(self, slot: int) -> None:
-        """Mark an entry as CHANGING: readers without the lock keep from it until `unseal` or `complete`."""
+        """Mark an entry as CHANGING: readers without the lock do not read it until `unseal` or `complete`."""
         half = self._records + slot * HALVES_PER_RECORD + R_GENERATION
         self.halves[half] = self.halves[half] | 1
 
     def unseal(self, slot: int) -> None:
-        """Let readers have an entry again that has not been changed."""
+        """Clear the mark CHANGING of an entry that has not been changed."""
         half = self._records + slot * HALVES_PER_RECORD + R_GENERATION
         self.halves[half] = self.halves[half] ^ 1
 
@@ -2714,7 +2715,7 @@ class EntryTable:
         return owner
 
     def priority(self, slot: int) -> int:
-        """Return the priority of a value on its way in; that of an entry is in its eviction node."""
+        """Return the priority of a value that is being stored; that of an entry is in its eviction node."""
         return int(self.words[(self.record(slot) >> 1) + W_PRIORITY])
 
     def set_checksum(self, slot: int, checksum: int) -> None:
@@ -2725,11 +2726,11 @@ class EntryTable:
         self.floats[word + W_CREATED], self.floats[word + W_ACCESSED] = created, accessed
 
     def set_start(self, slot: int, start: int) -> None:
-        """Let a record point to other blocks, as many as before."""
+        """Set the first block of a record; their number stays."""
         self.halves[self.record(slot) + R_START] = start
 
     def claim(self, key: bytes, size: int, start: int, num_blocks: int, owner: int, meta: EntryMeta) -> int:
-        """Fill in a record, its state still FREE; returns its slot, 0 if all are taken."""
+        """Fill in a record, its state still FREE, and return its slot; 0 if all are taken."""
         halves, words = self.halves, self.words
         slot = words[FREE_SLOT]
         if slot:
@@ -2753,14 +2754,14 @@ class EntryTable:
         return slot
 
     def release(self, slot: int) -> None:
-        """Put a slot that is in no chain on the free list."""
+        """Put a slot that is in no chain into the free list."""
         record = self.record(slot)
         self.halves[record] = FREE
         self.halves[record + R_KEY_NEXT] = self.words[FREE_SLOT]
         self.words[FREE_SLOT] = slot
 
     def link(self, slot: int) -> None:
-        """Enter a record into its chains. DIRTY is set, as it is for `unlink`."""
+        """Link a record into its chains. The caller must set DIRTY first, as for `unlink`."""
         halves = self.halves
         self.words[CHANGES] = self.words[CHANGES] + 1
         record = self.record(slot)
@@ -2778,7 +2779,7 @@ class EntryTable:
         halves[head] = slot
 
     def unlink(self, slot: int) -> None:
-        """Take a record out of its chains."""
+        """Unlink a record from its chains."""
         halves = self.halves
         self.words[CHANGES] = self.words[CHANGES] + 1
         record = self.record(slot)
@@ -2799,9 +2800,9 @@ class EntryTable:
             halves[self.record(behind) + R_PREFIX_PREV] = before
 
     def find_prefix(self, prefix: bytes, budget: int) -> list[int] | None:
-        """Slots of the entries with that prefix hash, oldest first; None if that takes more than `budget` links.
+        """Return the slots of the entries with that prefix hash, oldest first; None if it takes over `budget` links.
 
-        Entries without a prefix hash are not chained: None for the prefix hash "".
+        None for the prefix hash "" too: entries without a prefix hash are in no chain.
         """
         if not prefix:
             return None
@@ -2842,13 +2843,13 @@ class EntryTable:
         return self.halves[self._records + slot * HALVES_PER_RECORD + R_BLOCKS]
 
     def place(self, slot: int) -> tuple[int, int]:
-        """Where a value lies: (bytes from the start of the segment, size in bytes)."""
+        """Return the place of a value: (offset from the start of the segment, size), in bytes."""
         record = self._records + slot * HALVES_PER_RECORD
         size: int = self.words[(record >> 1) + W_SIZE]
         return self._data_offset + self.halves[record + R_START] * self._block_size, size
 
     def is_same(self, slot: int, size: int, told: bytes) -> bool:
-        """Return True if a value has this size, key and metadata, as `tell` or `told_by` has it, and no pin in it."""
+        """Return True if a record has this size, these bytes of `tell` or `told_by`, and no bit of a pin."""
         word = (self._records + slot * HALVES_PER_RECORD) >> 1
         tail = 8 * (word + W_SEQUENCE_LENGTH)
         return bool(self.words[word + W_SIZE] == size and self.memory[tail : tail + len(told)] == told)
@@ -2859,19 +2860,19 @@ class EntryTable:
 
     @staticmethod
     def tell(key: bytes, meta: EntryMeta) -> bytes:
-        """Return what the record of such an entry tells from the sequence length on: nothing of the value itself."""
+        """Return the record of such an entry from the sequence length on: key and metadata, nothing of the value."""
         lengths = len(key), len(meta.prefix), len(meta.tensor)  # the two zeros before them are its pins
         told = RECORD_TAIL.pack(meta.sequence_length, meta.layer_index, 0, 0, *lengths, 0, meta.priority) + key
         return told if meta is NO_META else told + meta.prefix + meta.tensor
 
     def told_by(self, slot: int) -> tuple[int, bytes]:
-        """Return (size, what its record tells) of a value."""
+        """Return (size of a value, bytes of its record as in `tell`)."""
         word = (self._records + slot * HALVES_PER_RECORD) >> 1
         tail = 8 * (word + W_SEQUENCE_LENGTH)
         return self.words[word + W_SIZE], self.memory[tail : tail + RECORD_TAIL.size + sum(self._lengths(slot))]
 
     def swap(self, slot: int, start: int, num_blocks: int) -> None:
-        """Give an entry other blocks, in one write: a crash leaves it with the old ones or the new ones."""
+        """Set the blocks of an entry in one write: a crash leaves it with the old ones or the new ones."""
         record = self._records + slot * HALVES_PER_RECORD
         word = record >> 1
         self.halves[record + R_CHECKSUM] = 0
@@ -2882,22 +2883,22 @@ class EntryTable:
         self.floats[((self._records + slot * HALVES_PER_RECORD) >> 1) + W_ACCESSED] = now
 
     def set_all_accessed(self, times: Mapping[int, float]) -> None:
-        """Set when each of these slots was used last."""
+        """Set the time of the last use of each of these slots."""
         floats, first = self.floats, (self._records >> 1) + W_ACCESSED
         for slot, moment in times.items():
             floats[first + slot * (HALVES_PER_RECORD >> 1)] = moment
 
     def used(self) -> range:
-        """Return all slots that were ever used."""
+        """Return the range of slots that were ever used."""
         return range(1, min(max(self.words[TOP_SLOT], 0), self.num_slots) + 1)
 
     def bytes_at(self, offset: int, among: range) -> bytes:
-        """Return the byte at this offset of each of these records: 0.01 us a slot."""
+        """Return the byte at `offset` of each record of some slots: 0.01 us a slot."""
         first = 4 * self.record(among.start) + offset
         return self.memory[first : first + len(among) * RECORD_BYTES : RECORD_BYTES]
 
     def slots(self, *states: int, among: range | None = None) -> list[int]:
-        """Return the slots in one of these states, of all or of some; one pass over them."""
+        """Return the slots in one of these states, among all or some; one pass over them."""
         among = self.used() if among is None else among
         column = self.bytes_at(0, among)
         if COMPLETE in states:
@@ -2905,11 +2906,11 @@ class EntryTable:
         return [among.start + match.start() for match in re.finditer(b"[%b]" % bytes(states), column)]  # few or none
 
     def count(self, state: int, among: range) -> int:
-        """Return how many of some slots are in a state."""
+        """Return the number of slots in a state among some; one pass over them."""
         return self.bytes_at(0, among).count(state)
 
     def extents(self, among: range) -> Iterator[tuple[int, int, int, int]]:
-        """Return (slot, state, start block, number of blocks) of some slots; one pass over them."""
+        """Yield (slot, state, start block, number of blocks) of some slots; one pass over them."""
         first, last = self.record(among.start), len(among) * HALVES_PER_RECORD
         starts, lengths = (
             self.halves[first + at : first + at + last : HALVES_PER_RECORD] for at in (R_START, R_BLOCKS)
@@ -2919,9 +2920,9 @@ class EntryTable:
     def chains(self, first: int, budget: int) -> tuple[list[int], int]:
         """Return the slots in the key chains from number `first` on, and the number of the next chain.
 
-        It stops after about `budget` slots, in groups of 64 chains, or after MAX_CHAINS_A_STEP chains. An overwritten
-        key stays in its chain: a sweep in steps over all chains, the last of which is num_slots - 1, sees every key
-        exactly once that is there throughout.
+        It stops after about `budget` slots, in groups of 64 chains, or after MAX_CHAINS_A_STEP chains. The last chain
+        is num_slots - 1. A sweep in steps over all chains sees every key exactly once that is there throughout, for an
+        overwritten key stays in its chain.
         """
         halves, heads = self.halves, self._key_heads
         slots: list[int] = []
@@ -2935,7 +2936,7 @@ class EntryTable:
                     while slot:
                         slots.append(slot)
                         slot = halves[self._records + slot * HALVES_PER_RECORD + R_KEY_NEXT]
-                        if len(slots) > 2 * self.num_slots:  # links that go in a circle
+                        if len(slots) > 2 * self.num_slots:  # the links go in a circle
                             raise IndexError
             chain = stop
         return slots, chain
@@ -2950,7 +2951,7 @@ class EntryTable:
         return self.texts(slot)[1] == prefix
 
     def damage(self, slot: int) -> str:
-        """Return what makes a record impossible, empty if nothing does. Only stray writes by others can cause it."""
+        """Return the reason why a record is impossible, else "". Only stray writes by others can cause it."""
         record = self.record(slot)
         start, num_blocks = self.extent(slot)
         size = self.words[(record >> 1) + W_SIZE]
@@ -2974,7 +2975,7 @@ class EntryTable:
         return ""
 
     def sound(self) -> tuple[list[str], list[tuple[int, int, int, int, bytes]]]:
-        """Return (what is wrong with records; (slot, state, start block, blocks, key) of the others): 1.5 us each."""
+        """Return (problems of records, (slot, state, start block, blocks, key) of sound ones): 1.5 us a slot."""
         memory, crc32, geometry = self.memory, zlib.crc32, self.geometry
         problems, found = [], []
         for slot, state, start, num_blocks, size, key_hash, prefix_hash, lengths, tensor_length in self._columns():
@@ -2995,14 +2996,14 @@ class EntryTable:
                 and crc32(memory[key_end:prefix_end]) == prefix_hash
                 and memory[at:end].isascii()
             )
-            if not is_sound and (problem := self.damage(slot)):  # which decides, and has the words
+            if not is_sound and (problem := self.damage(slot)):  # `damage` decides, and has the text
                 problems.append(problem)
             else:
                 found.append((slot, state, start, num_blocks, key))
         return problems, found
 
     def _columns(self) -> Iterator[tuple[int, ...]]:
-        """(slot, state, start, blocks, size, hashes of key and prefix, lengths of both, of the tensor) of all slots."""
+        """Yield (slot, state, start, blocks, size, hashes and lengths of key and prefix, tensor length) of all."""
         among = self.used()
         first, end = self.record(1), self.record(1) + len(among) * HALVES_PER_RECORD
         column = [
@@ -3013,7 +3014,7 @@ class EntryTable:
         return zip(among, self.bytes_at(0, among), *column[:2], sizes, *column[2:], strict=True)
 
     def renew(self, slots: Sequence[int]) -> None:
-        """Give entries new generations, so that all readers without the lock begin again."""
+        """Set new generations of entries, so that all readers without the lock begin again."""
         words, records = self.words, self._records
         generation = words[GENERATION]
         if generation + 2 * len(slots) > MAX_GENERATION:
@@ -3024,9 +3025,9 @@ class EntryTable:
             words[(records + slot * HALVES_PER_RECORD) >> 1] = COMPLETE | generation << 32
 
     def rebuild(self, entries: Iterable[int], others: Iterable[int]) -> None:
-        """Make chains, free list and counters anew: `entries` exist, `others` are busy, the rest is free.
+        """Rebuild chains, free list and counters: `entries` exist, `others` are busy, the rest is free.
 
-        All other records are FREE already. About 1 us each, column by column.
+        All other records must be FREE already. It takes about 1 us a slot, column by column.
         """
         halves, words, num_slots = self.halves, self.words, self.num_slots
         entries = list(entries)
@@ -3046,7 +3047,7 @@ class EntryTable:
                 head = num_slots + prefix_hashes[slot] % num_slots
                 behind = heads[head]
                 prefix_behinds[slot], heads[head] = behind, slot
-                prefix_befores[behind] = slot  # of slot 0 it does not matter
+                prefix_befores[behind] = slot  # slot 0 does not matter
         free = 0
         for slot in range(top, 0, -1):
             if slot not in kept:
@@ -3063,7 +3064,7 @@ class EntryTable:
         words[NUM_BUSY] = len(kept) - len(entries)
 
     def check(self, entries: list[int], others: list[int]) -> list[str]:
-        """Problems found when comparing chains, free list and counters with the records."""
+        """Return the problems found when comparing chains, free list and counters with the records; one pass."""
         halves, words = self.halves, self.words
         problems = []
         for name, heads, next_at, hash_at in (
@@ -3098,10 +3099,9 @@ class EntryTable:
 
 
 def read_copy(copy: bytes) -> tuple[str, str, str, int, int, float, float, int, int, int, int]:
-    """Return what a copied entry says.
+    """Return the fields of a copied entry: (key, prefix hash, tensor description, first block, size, created, ...).
 
-    (key, prefix hash, tensor description, first block, size, created, accessed, uses, priority, sequence length,
-    layer).
+    The others are: accessed, uses, priority, sequence length, layer.
     """
     (
         _, _, size, start, _, _, _, _, _, _, _, created, accessed, tokens, layer, _, _, _, _,
@@ -3133,11 +3133,11 @@ def copied_key(copy: bytes) -> str:
 
 
 class Pins:
-    """Who holds what: the pins of all sessions, as the segment has them, and what this handle holds, by token.
+    """The pins of all sessions, as the segment has them, and the pins and writes of this handle, by token.
 
     A slot is pinned if an open session has a bit in its record, or names it in the session table. `held` is the truth
-    about this handle: its bits and its name agree with it whenever no call is under way. A process that dies leaves
-    its bits, its name and its WRITING records; `Index.settle_dead` frees them. The caller has the lock, but for `name`.
+    about this handle: its bits and its name agree with it between calls. A process that dies leaves its bits, its name
+    and its WRITING records; `Index.settle_dead` frees them. The caller must hold the lock, but for `name`.
     """
 
     def __init__(self, table: EntryTable) -> None:
@@ -3147,40 +3147,40 @@ class Pins:
         self._names = self._pids + MAX_SESSIONS
         self._bits = table.record(0) + R_PINS
         self.session = NO_SESSION
-        self.held: dict[int, tuple[int, ...]] = {}  # token -> slots that it pins, or the one that it writes
+        self.held: dict[int, tuple[int, ...]] = {}  # token -> slots that it pins, or the slot that it writes
         self.writing: set[int] = set()  # the tokens that write
-        self.counts: dict[int, int] = {}  # slot -> how many tokens pin it by our bit
+        self.counts: dict[int, int] = {}  # slot -> number of tokens that pin it by our bit
         self.named = 0  # the token that pins by our word in the session table
-        self.ending = 0  # the token whose name is just being cleared without the lock
+        self.ending = 0  # the token whose name is being cleared without the lock
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 
     def sessions(self) -> dict[int, int]:
-        """Return session -> pid of all that are in the table, dead ones too."""
+        """Return session -> pid of all sessions in the table, dead ones too."""
         table = self.words[self._pids : self._pids + MAX_SESSIONS].tolist()
         return {number: pid for number, pid in enumerate(table) if pid}
 
     def enter(self, session: int, pid: int) -> None:
-        """Put a session whose lock this process has into the table."""
+        """Insert a session, whose lock this process holds, into the table."""
         words = self.words
         words[self._names + session] = 0
         words[TOP_SESSION] = max(words[TOP_SESSION], session + 1)
         words[self._pids + session] = pid
 
     def leave(self, session: int) -> None:
-        """Take a session that holds nothing out of the table."""
+        """Remove a session that holds nothing from the table."""
         self.words[self._pids + session] = 0
 
     def act_for(self, session: int) -> None:
-        """Make `session` the one whose pins this handle sets."""
+        """Set the pins of `session` from now on."""
         self.session = session
-        self._own_bits = self._bits + (session >> 5)  # of slot 0; those of others lie whole records further
+        self._own_bits = self._bits + (session >> 5)  # of slot 0; those of other slots lie whole records further
         self._own_bit = 1 << (session & 31)
 
     # --- of this handle ----------------------------------------------------------------------------------------------
 
     def hold(self, token: int, *slots: int) -> None:
-        """Pin slots by our bit: a single write each, so that no crash leaves half of it."""
+        """Pin slots by our bit, with a single write each, so that no crash leaves half of it."""
         self.held[token] = slots
         halves, counts = self.halves, self.counts
         for slot in slots:
@@ -3191,7 +3191,7 @@ class Pins:
             counts[slot] = count + 1
 
     def hold_by_name(self, token: int, slot: int) -> None:
-        """Pin a slot for as long as a view or a copy lasts: by our word if it is free, else by our bit."""
+        """Pin a slot for the time of a view or a copy: by our word if that is free, else by our bit."""
         if self.named or not LOADS_IN_ORDER:
             return self.hold(token, slot)
         self.held[token] = (slot,)
@@ -3199,11 +3199,11 @@ class Pins:
         return self.name(slot)
 
     def name(self, slot: int) -> None:
-        """Write our word of the session table: the slot that we read; 0, which needs no lock: none."""
+        """Write the slot that we read into our word of the session table. 0 means none, and needs no lock."""
         self.words[self._names + self.session] = slot
 
     def drop(self, token: int) -> tuple[int, ...]:
-        """End what a token pins; returns its slots."""
+        """Unpin the slots that a token pins, and return them."""
         slots = self.held.pop(token)
         if token == self.named:
             self.named = 0
@@ -3219,9 +3219,9 @@ class Pins:
         return slots
 
     def forget(self, tokens: Iterable[int]) -> set[int]:
-        """Hold nothing by these tokens, whose calls were cut off, and count anew; returns their slots, 0 if not known.
+        """Forget these tokens, whose calls were cut off, and count again; return their slots, 0 for an unknown one.
 
-        Our bits and WRITING records do not agree with it yet: `Index.settle` must follow.
+        Our bits and WRITING records do not agree with that yet: `Index.settle` must follow.
         """
         slots = {slot for token in tokens for slot in self.held.pop(token, (0,))}
         self.writing.difference_update(tokens)
@@ -3237,7 +3237,7 @@ class Pins:
         return {slot for token in self.writing for slot in self.held.get(token, ())}
 
     def clear(self) -> None:
-        """Hold nothing, in a forked child: all of it is the parent's."""
+        """Forget all tokens, in a forked child: all pins and writes are the parent's."""
         self.held.clear()
         self.writing.clear()
         self.counts.clear()
@@ -3246,18 +3246,18 @@ class Pins:
     # --- of all sessions ---------------------------------------------------------------------------------------------
 
     def is_pinned(self, slot: int) -> bool:
-        """Return True if any session pins it."""
+        """Return True if any session pins the slot."""
         words = self.words
         word = (self._bits + slot * HALVES_PER_RECORD) >> 1
         return bool(words[word] or words[word + 1]) or self.is_named(slot)
 
     def is_named(self, slot: int) -> bool:
-        """Return True if any session pins it by naming it."""
+        """Return True if any session pins the slot by its word in the session table."""
         words, names, top = self.words, self._names, self.words[TOP_SESSION]
         return slot in words[names : names + (top if top < MAX_SESSIONS else MAX_SESSIONS)].tolist()
 
     def pinned(self, among: range) -> set[int]:
-        """Those of some slots that any session pins; one pass over them."""
+        """Return the slots among some that any session pins; one pass over them."""
         top = min(self.words[TOP_SESSION], MAX_SESSIONS)
         found = set(self.words[self._names : self._names + top].tolist()).intersection(among)
         for byte in range((top + 7) >> 3):
@@ -3265,7 +3265,7 @@ class Pins:
         return found
 
     def release_all(self, session: int, among: range, but: Container[int] = ()) -> None:
-        """Clear the bits of a session in some records, but of those `but` that it does pin; one pass over them."""
+        """Clear the bits of a session in the records of some slots, except the slots `but`; one pass over them."""
         column, bit = self._table.bytes_at(4 * R_PINS + (session >> 3), among), 1 << (session & 7)
         for at in _not_zero(column):
             slot = among.start + at
@@ -3273,7 +3273,7 @@ class Pins:
                 self._clear_bit(slot, session)
 
     def end_name(self, session: int) -> None:
-        """Clear the word by which a session that has ended names a slot."""
+        """Clear the word by which an ended session names a slot."""
         self.words[self._names + session] = 0
 
     def _clear_bit(self, slot: int, session: int) -> None:
@@ -3282,9 +3282,9 @@ class Pins:
 
 
 class Uses:
-    """What readers without the lock have noted, by session: uses of entries, and misses. The next lock counts them.
+    """The uses and misses that readers without the lock have noted, by session. The next lock counts them.
 
-    A use is slot | generation << 32. A process that dies while it notes one has not noted it.
+    A use is slot | generation << 32. If a process dies while it notes a use, that use is not noted.
     """
 
     def __init__(self, table: EntryTable) -> None:
@@ -3295,12 +3295,12 @@ class Uses:
         self.act_for(NO_SESSION)
 
     def act_for(self, session: int) -> None:
-        """Make `session` the one whose places `note` and `count_miss` write."""
+        """Let `note` and `count_miss` write the places of `session` from now on."""
         self._own_uses = self._uses + 2 * MAX_USES * session
         self._own_misses = self._misses + session
 
     def note(self, use: int, number: int) -> bool:
-        """Note a use of an entry for this session, without the lock; False if the place of that number is taken.
+        """Note a use of an entry for this session, without the lock; return False if the place `number` is taken.
 
         Threads and signal handlers pass different numbers, so they need no lock between them.
         """
@@ -3314,9 +3314,9 @@ class Uses:
         return True
 
     def take(self) -> tuple[int, list[tuple[float, int]]]:
-        """Clear what sessions have noted: (number of uses, (monotonic time, slot) of each, oldest first).
+        """Clear the uses that sessions have noted; return (their number, (monotonic time, slot) of each, oldest first).
 
-        Uses of entries that have been changed since are not in the list.
+        Uses of entries that have been changed since are not in the list. The caller must hold the lock.
         """
         words, floats, is_current = self.words, self.floats, self._table.is_current
         words[USED] = 0
@@ -3340,12 +3340,12 @@ class Uses:
         self.words[self._own_misses] = self.words[self._own_misses] + 1
 
     def misses(self) -> int:
-        """Return the misses of all sessions, and of those that have ended."""
+        """Return the misses of all sessions, ended ones too."""
         words = self.words
         return int(words[MISSES] + sum(words[self._misses : self._misses + MAX_SESSIONS].tolist()))
 
     def leave(self, session: int) -> None:
-        """Keep the misses of a session that has ended."""
+        """Add the misses of a session that has ended to the header."""
         words, own = self.words, self._misses + session
         misses, words[own] = words[own], 0
         words[MISSES] = (words[MISSES] + misses) & I64_MAX
@@ -3357,7 +3357,7 @@ class Uses:
 
 
 class Saved(NamedTuple):
-    """What a snapshot says of the history of a value."""
+    """The history of a value, from a snapshot."""
 
     access_count: int
     created: float  # seconds since the epoch
@@ -3366,13 +3366,13 @@ class Saved(NamedTuple):
 
 
 class Space:
-    """What lies where: makes room, evicts, moves, and frees what nobody holds any more; the lower half of `Index`.
+    """The space of a pool: finds free blocks, evicts, moves, and reclaims records without a holder; base of `Index`.
 
-    It works over the memory of a segment, or over private memory, by slot and token, and knows no threads, views, files
-    and processes: `is_alive` tells whether the process behind a session lives. The caller has the pool's lock.
-    Invariant whenever the lock is free: all that is derived agrees with the records, or DIRTY is set. Each change sets
-    it first, and in the end writes `_unfinished`: 0, or 1 if the change is a part of a larger one. A process that dies
-    in here leaves it set, so does an error; `Index.rebuild` follows.
+    It works over the memory of a segment, or over private memory, by slot and token. It knows no threads, views, files
+    and processes: `is_alive(session)` is True if the session's process lives. The caller must hold the pool's lock.
+    Invariant whenever the lock is free: all derived data agrees with the records, or DIRTY is set. Each change sets
+    DIRTY first, and at its end writes `_unfinished`: 0, or 1 if it is a part of a larger change. A process that dies in
+    a change leaves DIRTY set, and so does an error; `Index.rebuild` follows.
     """
 
     def __init__(
@@ -3387,7 +3387,7 @@ class Space:
         self.geometry = geometry
         self.is_alive = is_alive
         self._unfinished = 0
-        self._is_rebuilding = False  # then derived data is left to the rebuild
+        self._is_rebuilding = False  # if True, derived data is left to the rebuild
         self._data_offset, self._block_size = geometry.data_offset, geometry.block_size
         self.table = EntryTable(memory, geometry)
         self.pins = Pins(self.table)
@@ -3402,7 +3402,7 @@ class Space:
         self._num_recorded, self._accesses = geometry.num_recorded, geometry.accesses_offset >> 3
 
     def use_policy(self, policy: EvictionPolicy, ghosts: memoryview | None) -> None:
-        """Go by the order of this policy from now on; `rebuild` must follow where the segment has another one's."""
+        """Use the order of this policy from now on; `rebuild` must follow if the segment has that of another policy."""
         geometry = self.geometry
         self.order = order_over(
             policy, self._order_buffer, geometry.num_slots, geometry.num_blocks, self.table.blocks_of, ghosts
@@ -3414,25 +3414,25 @@ class Space:
         self.uses.act_for(session)
 
     def _finish(self) -> None:
-        """End a change, and the larger one that it was a part of."""
+        """End a change, and the larger change that it was a part of."""
         self._unfinished = 0
         self.words[DIRTY] = 0
 
     # --- room ---------------------------------------------------------------------------------------------------------
 
     def is_full(self, old: int = 0, num_more: int = 0) -> bool:
-        """Return True if a value needs the place of another entry; not one that replaces `old`, if a slot is free.
+        """Return True if a new value needs another entry evicted; if it replaces `old`, only if no slot is free.
 
-        `num_more` entries are to come that have their slots already, of the same path.
+        `num_more` values of the same path have their slots already, and will become entries.
         """
         words = self.words
         no_slot = not words[FREE_SLOT] and words[TOP_SLOT] == self.table.num_slots
         return no_slot or (not old and words[NUM_ENTRIES] + num_more >= self.geometry.max_entries)
 
     def _find_room(self, key: bytes, num_blocks: int, num_more: int = 0) -> tuple[int, int] | None:
-        """Return (start of `num_blocks` free blocks, slot of the value under `key` or 0), and see that a slot is free.
+        """Return (start of `num_blocks` free blocks, slot of the value under `key` or 0); a slot is free then, too.
 
-        Evicts and moves what must go. None, and nothing has changed, if pins are in the way.
+        Evicts and moves entries where it must. None, and nothing has changed, if pins are in the way.
         """
         words = self.words
         old = self.table.find(key)
@@ -3449,20 +3449,20 @@ class Space:
         return start, old
 
     def needs_slot(self) -> bool:
-        """Return True if a new entry needs the place of another one, once what dead processes left is freed."""
+        """Return True if a new entry needs another one evicted, after a `reclaim`."""
         self.reclaim()
         return self.is_full()
 
     def others_write(self) -> bool:
-        """Return True if there are values on their way in by others, or deleted ones that are still pinned."""
+        """Return True if other handles are storing values, or deleted values are still pinned."""
         return bool(self.words[NUM_BUSY] > len(self.pins.writing))
 
     def _make_room(self, num_blocks: int, need_slot: bool, old: int, num_more: int = 0) -> int | None:
-        """Evict and move until `num_blocks` lie together; return where. None: pins are in the way, nothing changed.
+        """Evict and move until `num_blocks` lie together; return their start. None: pins prevent it, nothing changed.
 
-        Victims go in policy order until enough is free and no further; `old`, the value about to be replaced, goes only
-        when there is no other way. Everything is planned before anything is touched. Most often the first victim is
-        large enough; else the plan takes up to 2 us for each entry of the pool.
+        Victims go in policy order, no more than needed. `old`, the value about to be replaced, goes only if there is no
+        other way. Everything is planned before anything is changed. Most often the first victim is large enough; else
+        the plan takes up to 2 us for each entry of the pool.
         """
         if num_blocks > self.geometry.num_blocks:
             return None
@@ -3470,7 +3470,7 @@ class Space:
         start, length = self.table.extent(victim)
         must_evict = need_slot or num_blocks > self.geometry.num_blocks - self.words[ALLOCATED]
         if victim and victim != old and must_evict and length >= num_blocks and self.evict((victim,)):
-            return start  # as the plan would have it
+            return start  # the plan would be the same
         need_slot = need_slot and self.is_full(old, num_more)
         while True:
             plan = self._plan_room(num_blocks, need_slot, old)
@@ -3480,9 +3480,9 @@ class Space:
                 self._finish()
                 return None
             victims, moves = plan
-            if old in victims:  # a look-up without the lock would find neither value until the new one is there
+            if old in victims:  # a lookup without the lock would find neither value until the new one is there
                 self._unfinished = 1
-            # A view that begins just now, without the lock, makes either of these fail: plan anew.
+            # A view that begins at this moment, without the lock, makes either of these fail: plan again.
             if self.evict(victims) and all(self.move(slot, target) for slot, target in moves):
                 return self.blocks.find_locked(num_blocks)
             need_slot = self.is_full(old, num_more)
@@ -3496,7 +3496,7 @@ class Space:
         return plan_room(sections, num_blocks, self.candidates(old), need_slot)
 
     def candidates(self, last: int = 0) -> Iterator[int]:
-        """Slots that may be evicted, next victim first; the slot `last` comes last."""
+        """Yield the slots that may be evicted, next victim first; the slot `last` comes last."""
         is_pinned = self.pins.is_pinned
         for slot in self.order.victims():
             if slot != last and not is_pinned(slot):
@@ -3505,7 +3505,7 @@ class Space:
             yield last
 
     def layout(self) -> tuple[list[Extent], list[Extent]]:
-        """The extents that can be moved and evicted, by first block; and those in use. One pass, 0.5 us a slot."""
+        """Return (extents that can be moved and evicted, extents in use), by first block. One pass, 0.5 us a slot."""
         among = self.table.used()
         pinned = self.pins.pinned(among)
         movable: list[Extent] = []
@@ -3518,7 +3518,7 @@ class Space:
         return sorted(movable), sorted(fixed)
 
     def fixed(self, among: range) -> tuple[list[Extent], bool]:
-        """Return (the extents in use of some slots; whether any of them could be evicted)."""
+        """Return (the extents in use of some slots, True if any entry of these can be evicted); one pass over them."""
         table = self.table
         pinned = [slot for slot in self.pins.pinned(among) if table.state(slot) == COMPLETE]
         busy = table.slots(WRITING, CONDEMNED, among=among)
@@ -3527,10 +3527,10 @@ class Space:
     # --- moving -------------------------------------------------------------------------------------------------------
 
     def move(self, slot: int, target: int) -> bool:
-        """Move an entry's blocks; False if it is pinned. Its record points to the old place until all is copied.
+        """Move an entry's blocks; return False if it is pinned. Its record has the old place until all is copied.
 
-        Where old and new place overlap (a slide to the left), pieces no longer than the distance are copied, each noted
-        in the journal: whatever was overwritten had been copied before, so a crash can be picked up at the noted piece.
+        If old and new place overlap (a slide to the left), pieces no longer than the distance are copied. The journal
+        notes each. Overwritten bytes have been copied before, so a repair can go on at the noted piece.
         """
         words = self.words
         start, num_blocks = self.table.extent(slot)
@@ -3547,7 +3547,7 @@ class Space:
         return is_free
 
     def _finish_move(self) -> None:
-        """Do what the move journal says, from the piece where it stands."""
+        """Finish the move in the journal, from the piece that it has noted."""
         words, table, data, size = self.words, self.table, self._data_offset, self._block_size
         slot, start, target = words[MOVE_SLOT], words[MOVE_FROM], words[MOVE_TO]
         if 0 < slot <= table.num_slots and table.extent(slot)[0] == start:
@@ -3563,7 +3563,7 @@ class Space:
         words[MOVE_SLOT] = 0
 
     def defragment(self, slots: Sequence[int], begin: int) -> tuple[int, int]:
-        """(how many of these slots, from number `begin` on, were moved to the left; the number of the next one)."""
+        """Move some of `slots`, from number `begin` on, to the left; return (how many moved, the next number)."""
         moved, budget = 0, STEP_BYTES // self.geometry.block_size
         self.reclaim_dead()
         for number in range(begin, min(begin + ENTRIES_A_STEP, len(slots))):
@@ -3580,10 +3580,10 @@ class Space:
         return moved, min(begin + ENTRIES_A_STEP, len(slots))
 
     def _begin_change(self, slot: int) -> bool:
-        """Keep readers without the lock from an entry whose value is about to change in place, or move.
+        """Return True once readers without the lock keep off an entry, whose value may then move or change in place.
 
-        False, and nothing is changed, if one has it pinned just now; others pin under the lock. A reader pins first and
-        then looks at the seal. So whoever changes the seal first and then looks at the pins sees the pin, or is seen.
+        False, and nothing has changed, if one of them pins it now; others pin under the lock. A reader writes its pin,
+        then reads the seal. A change writes the seal, then reads the pins. So the change sees the pin, or is seen.
         `EntryTable.complete` must follow.
         """
         self.table.seal_off(slot)
@@ -3602,11 +3602,11 @@ class Space:
         self.words[DIRTY] = self._unfinished
 
     def evict(self, slots: Iterable[int]) -> bool:
-        """Evict entries; return True if all their blocks are free, which no view that begins just now prevents."""
+        """Evict entries; return False if a view that began at this moment still has one of them pinned."""
         words, all_free = self.words, True
         for slot in slots:
             words[DIRTY] = 1
-            if self.order.is_adaptive:  # the key costs something
+            if self.order.is_adaptive:  # reading the key costs time
                 self.order.remember(slot, self.table.key(slot))
             all_free = self._drop(slot) and all_free
             words[EVICTIONS] = words[EVICTIONS] + 1
@@ -3614,7 +3614,7 @@ class Space:
         return all_free
 
     def evict_some(self, wanted: int) -> int:
-        """Evict so many entries in policy order, as far as they are not pinned; returns how many."""
+        """Evict `wanted` entries in policy order, fewer if the others are pinned; return how many."""
         victims = list(itertools.islice(self.candidates(), wanted))
         if len(victims) < wanted and self.reclaim_dead():
             victims = list(itertools.islice(self.candidates(), wanted))
@@ -3622,7 +3622,7 @@ class Space:
         return len(victims)
 
     def delete(self, key: bytes) -> bool:
-        """Remove an entry; False if there is none."""
+        """Remove an entry; return False if there is none."""
         slot = self.table.find(key)
         if not slot:
             return False
@@ -3630,15 +3630,15 @@ class Space:
         return True
 
     def delete_slot(self, key: bytes, slot: int) -> None:
-        """Remove an entry, if it is still the one in that slot."""
+        """Remove the entry of `key` if it is still in that slot."""
         if self.table.find(key) == slot:
             self.remove(slot)
 
     def _drop(self, slot: int) -> bool:
-        """Take an entry out of the pool; its blocks follow when nobody reads them any more: False."""
+        """Remove an entry. Return False if it is pinned: its blocks are freed once its last pin ends."""
         table, words = self.table, self.words
-        # A reader pins without the lock, and then looks at the seal; it unpins, and then looks for CONDEMNED. So change
-        # that first and look at the pins second.
+        # A reader without the lock pins and then reads the seal; it unpins and then looks for CONDEMNED. So write the
+        # state first and read the pins second.
         table.set_state(slot, CONDEMNED)
         _new_lock().acquire()
         pinned = self.pins.is_pinned(slot)
@@ -3654,12 +3654,12 @@ class Space:
             table.release(slot)
         return not pinned
 
-    # --- settling what the dead, and cut-off calls, hold --------------------------------------------------------------
+    # --- settling dead sessions, and cut-off calls --------------------------------------------------------------------
 
     def settle(self, held: Mapping[int, tuple[Container[int], Container[int]]], among: range | None = None) -> None:
-        """Let sessions pin and write just what they hold: session -> (slots that it pins, slots that it writes).
+        """Clear all pins and writes of these sessions but those in `held`: session -> (slots pinned, slots written).
 
-        Of all slots, or only of some. What nobody pins or writes any more is freed.
+        It does so in all slots, or in some: one pass. WRITING and CONDEMNED records that nothing holds then are freed.
         """
         table = self.table
         for session, (pinned, _) in held.items():
@@ -3676,7 +3676,7 @@ class Space:
         self._free(stale)
 
     def _free(self, slots: Iterable[int]) -> None:
-        """Free what WRITING or CONDEMNED records hold."""
+        """Free the blocks and slots of WRITING or CONDEMNED records."""
         self.words[DIRTY] = 1
         for slot in slots:
             self.table.set_state(slot, FREE)
@@ -3689,8 +3689,8 @@ class Space:
     def reclaim(self, only_signs: bool = False) -> bool:
         """Free every record that no live session pins or writes; return True if there was any.
 
-        About 1 us a session; where values are on their way in, or deleted ones are not freed yet, a pass over all
-        records of 0.03 us each. `only_signs`: that pass only where a reader or a dead session has left a sign.
+        About 1 us a session. If values are being stored, or deleted ones are not freed yet, it also makes a pass over
+        all records, 0.03 us each. `only_signs`: that pass only if a reader or a dead session has left a sign.
         """
         found = self.reclaim_dead()
         if self.words[UNREAD] or (not only_signs and self.others_write()):
@@ -3702,11 +3702,11 @@ class Space:
         return found
 
     def dead_sessions(self) -> dict[int, int]:
-        """Return session -> pid of those whose process has died."""
+        """Return session -> pid of the sessions whose process has died."""
         return {number: pid for number, pid in self.pins.sessions().items() if not self.is_alive(number)}
 
     def settle_dead(self, dead: Iterable[int], among: range | None = None, is_last: bool = True) -> None:
-        """Free what dead sessions hold of some slots, or of all; `is_last`: their numbers are free then."""
+        """Clear the pins and writes of dead sessions in some slots, or in all; `is_last`: free their numbers, too."""
         for session in dead:
             self.pins.end_name(session)
         self.settle(dict.fromkeys(dead, ((), ())), among)
@@ -3714,29 +3714,29 @@ class Space:
             self.leave(session)
 
     def reclaim_dead(self) -> bool:
-        """Free what sessions hold whose process has died; return True if there was such a session."""
+        """Clear the pins and writes of sessions whose process has died; return True if there was such a session."""
         dead = self.dead_sessions()
         if dead:
             self.settle_dead(dead)
         return bool(dead)
 
     def leave(self, session: int) -> None:
-        """Take a session that holds nothing out of the table."""
+        """Remove a session that holds nothing from the table."""
         self.uses.leave(session)
         self.pins.leave(session)
 
 
 class Index(Space):
-    """All that is done to a pool under its lock: use, store, pin, settle, repair, check, describe.
+    """The changes and reads of a pool under its lock: use, store, pin, settle, repair, check, describe.
 
-    It pins and reserves by token, for the session that `act_for` names. The caller has called `catch_up` where readers
-    may have noted uses, or the order lacks them. What holds throughout is said at `Space`.
+    It pins and reserves by token, for the session that `act_for` names. If readers may have noted uses, the caller must
+    call `catch_up` first, or the order lacks them. The invariant is that of `Space`.
     """
 
     # --- using -------------------------------------------------------------------------------------------------------
 
     def catch_up(self) -> None:
-        """Bring order, use counts and hits up to date with the uses that readers without the lock have noted."""
+        """Count the uses that readers without the lock have noted, in the order, the use counts and the hits."""
         words = self.words
         count, uses = self.uses.take()
         words[HITS] = words[HITS] + count
@@ -3748,7 +3748,7 @@ class Index(Space):
             self.table.set_all_accessed({slot: boot + moment for moment, slot in uses})
 
     def use(self, key: bytes) -> int:
-        """Find an entry and count a use of it, or a miss; returns its slot, or 0."""
+        """Find an entry and count a use of it, or a miss; return its slot, or 0."""
         table, words = self.table, self.words
         slot = table.find(key)
         if self._num_recorded:
@@ -3764,7 +3764,7 @@ class Index(Space):
         return slot
 
     def get(self, key: bytes, token: int) -> bytes | tuple[int, int] | None:
-        """Use an entry; returns its value, or if that is large (offset, size), pinned by `token`; None on a miss."""
+        """Use an entry; return its value, or if that is large (offset, size), pinned by `token`; None on a miss."""
         slot = self.use(key)
         if not slot:
             return None
@@ -3775,7 +3775,7 @@ class Index(Space):
         return offset, size
 
     def hold(self, key: bytes, token: int, counts: bool) -> tuple[int, int] | None:
-        """Return (offset, size) of an entry, pinned by `token`; None on a miss. `counts`: it is a use of it."""
+        """Return (offset, size) of an entry, pinned by `token`; None on a miss. `counts`: count a use or a miss."""
         slot = self.use(key) if counts else self.table.find(key)
         if not slot:
             return None
@@ -3783,7 +3783,7 @@ class Index(Space):
         return self.table.place(slot)
 
     def _record(self, key: bytes, slot: int, is_first: bool) -> None:
-        """Note an access: a hit, or a miss (0), the first of its request or not. A crash leaves it out."""
+        """Record an access: a hit, or a miss (slot 0), the first of its request or not. A crash leaves it out."""
         words = self.words
         number = words[RECORDED]
         at = self._accesses + 2 * (number % self._num_recorded)
@@ -3800,21 +3800,21 @@ class Index(Space):
         return ring[begin : 2 * number] + ring[:begin]
 
     def pin(self, key: bytes, token: int) -> bool:
-        """Pin an entry until `unpin`; False if there is none."""
+        """Pin an entry until `unpin`; return False if there is none."""
         slot = self.table.find(key)
         if slot:
             self.pins.hold(token, slot)
         return bool(slot)
 
     def unpin(self, *tokens: int) -> None:
-        """End what these tokens pin, but for those that hold nothing: a forked child's, or settled already."""
+        """Unpin the slots of these tokens. Skip tokens that hold nothing: in a forked child, or settled already."""
         for token in tokens:
             if token in self.pins.held:
                 for slot in self.pins.drop(token):
                     self.free_unread(slot)
 
     def free_unread(self, slot: int) -> None:
-        """Free what a deleted value holds, if nobody reads it any more."""
+        """Free the record of a deleted value if no session pins it any more."""
         if self.table.state(slot) == CONDEMNED and not self.pins.is_pinned(slot):
             self._free([slot])
 
@@ -3831,12 +3831,12 @@ class Index(Space):
         return uses
 
     def _resolve(self, uses: Iterable[int], keys: Iterable[bytes]) -> Iterator[int]:
-        """Return the slots of a path that was found without the lock, 0 for an entry that has gone since."""
+        """Yield the slots of a path that was found without the lock, 0 for an entry that has gone since."""
         for use, key in zip(uses, keys, strict=False):
             yield use & 0xFFFFFFFF if self.table.is_current(use) else self.table.find(key)
 
     def touch(self, uses: Sequence[int], keys: Sequence[bytes], counts: bool, ends_prompt: bool, least: Least) -> Least:
-        """Queue a part of a path, see `EvictionOrder.touch_path`; `counts`: it is a use of each entry."""
+        """Queue a part of a path, see `EvictionOrder.touch_path`; `counts`: count a use of each entry."""
         return self._touch(list(filter(None, self._resolve(uses, keys))), counts, ends_prompt, least)
 
     def _touch(
@@ -3849,7 +3849,7 @@ class Index(Space):
         return least
 
     def use_path(self, uses: Sequence[int], keys: Sequence[bytes], least: Least) -> Least:
-        """Count hits, and a miss where there are more keys than uses, of a part of a path; queue its entries."""
+        """Count the hits of a part of a path, and a miss if it has more keys than uses; queue its entries."""
         self._count_hits(len(uses), len(keys))
         return self._touch(list(filter(None, self._resolve(uses, keys))), least=least)
 
@@ -3861,7 +3861,7 @@ class Index(Space):
         return list(map(self.table.place, slots))
 
     def open_path(self, uses: Sequence[int], keys: Sequence[bytes], token: int) -> list[tuple[int, int]]:
-        """Do what `hold_path` and `use_path` do, for a path that is one part."""
+        """Do the work of `hold_path` and `use_path`, for a path that is one part."""
         places = self.hold_path(uses, keys, token)
         slots = self.pins.held.get(token, ())
         self._count_hits(len(slots), len(keys))
@@ -3874,18 +3874,18 @@ class Index(Space):
             self.uses.count_miss()
 
     def record_path(self, keys: Sequence[bytes], num_there: int, is_first: bool) -> None:
-        """Note the accesses of a part of a path, root first: hits for the first `num_there`, misses for the rest."""
+        """Record the accesses of a part of a path, root first: hits for the first `num_there`, misses for the rest."""
         for number, key in enumerate(keys):
             self._record(key, self.table.find(key) if number < num_there else 0, is_first and not number)
 
     def reserve_path(
         self, keys: Sequence[bytes], sizes: Sequence[int], metas: Sequence[EntryMeta], token: int, num_more: int
     ) -> tuple[list[tuple[int, int] | None], int]:
-        """Return ((offset, size) of a place for each value of a part of a path, None where it is there; `num_more`).
+        """Return ((offset, size) of a place for each value of a part of a path, None if it is there; `num_more`).
 
-        There means: with that size, dtype and shape. The first is known by `token`, the next by `token` + 1, and so on:
-        it is written, or pinned. The list is shorter where no more can be stored. `num_more`: how many entries of the
-        path are to come that were not there before.
+        There means: with that size, dtype and shape. The first value is written, or pinned, by `token`, the next by
+        `token` + 1, and so on. The list is shorter if no more can be stored. `num_more`: the number of entries that
+        this path is going to add.
         """
         table = self.table
         places: list[tuple[int, int] | None] = []
@@ -3899,17 +3899,17 @@ class Index(Space):
             if place is None:
                 break
             places.append(place)
-            num_more += not slot or table.state(slot) != COMPLETE  # which has just gone to make room
+            num_more += not slot or table.state(slot) != COMPLETE  # not COMPLETE: it has just been evicted
         return places, num_more
 
     def commit_path(
         self, tokens: Sequence[int], checksums: Mapping[int, int], kept: Container[int], least: Least
     ) -> Least:
-        """Make what these tokens write entries, token -> CRC-32, and queue the path; end all pins but those `kept`.
+        """Commit the values that these tokens write and queue the path; unpin all but the tokens `kept`.
 
-        The deepest is done first, so others find no part of what is new before its head is there. Parts of a path go
-        the same way, with `least` as in `touch`. Where another process has stored a value of that size, dtype and shape
-        meanwhile, that one stays and ours goes.
+        `checksums`: token -> CRC-32 of the values written. The deepest is committed first, so others find no part of
+        the new run before its head is there. Parts of a path go the same way, with `least` as in `touch`. If another
+        process has stored a value of that size, dtype and shape meanwhile, its value stays and ours is freed.
         """
         table, pins, queued = self.table, self.pins, []
         for token in reversed(tokens):
@@ -3926,15 +3926,15 @@ class Index(Space):
                 queued[-1] = slot = old
             else:
                 self.unpin(token)
-                if table.state(slot) != COMPLETE:  # replaced or gone meanwhile
+                if table.state(slot) != COMPLETE:  # replaced or removed meanwhile
                     queued[-1] = slot = table.find(key)
             if slot:
                 least = self._touch((slot,), False, False, least)
-        table.set_all_accessed(dict.fromkeys(filter(None, queued), time.time()))  # of one time, as if it was read
+        table.set_all_accessed(dict.fromkeys(filter(None, queued), time.time()))  # one time for all, as after a read
         return least
 
     def abandon(self, tokens: Iterable[int]) -> None:
-        """Free what these tokens write, and end what they pin."""
+        """Free the places that these tokens write, and unpin the slots that they pin."""
         for token in tokens:
             if token in self.pins.writing:
                 self._withdraw(token)
@@ -3942,14 +3942,14 @@ class Index(Space):
                 self.unpin(token)
 
     def _withdraw(self, token: int) -> None:
-        """Free a place that a token writes."""
+        """Free the place that a token writes."""
         self.pins.writing.discard(token)
         self._free(self.pins.held.pop(token))
 
     # --- storing -----------------------------------------------------------------------------------------------------
 
     def put(self, key: bytes, data: Any, size: int, meta: EntryMeta, if_absent: bool) -> bool:
-        """Store a value at once; False if there is no room, and then nothing has changed."""
+        """Store a value at once; return False, and change nothing, if there is no space for it."""
         if if_absent and self.table.find(key):
             return True
         num_blocks = self.geometry.blocks_for(size)
@@ -3960,10 +3960,10 @@ class Index(Space):
         table, words = self.table, self.words
         at = self._data_offset + start * self._block_size
         _map_pages(self.memory, at, size)
-        self.memory[at : at + size] = data  # into free blocks: dying here leaves nothing to put in order
+        self.memory[at : at + size] = data  # into free blocks: a crash here leaves nothing to repair
         words[DIRTY] = 1
         self.blocks.take_locked(start, num_blocks)
-        # Swapping in the blocks spares half of what a new record, and dropping the old one, would cost.
+        # A swap of the blocks costs half as much as a new record and the removal of the old one.
         if old and table.is_same(old, size, table.tell(key, meta)) and self._begin_change(old):
             self._swap(old, start, num_blocks)
         else:
@@ -3973,9 +3973,9 @@ class Index(Space):
         return True
 
     def reserve(self, key: bytes, size: int, meta: EntryMeta, token: int, num_more: int = 0) -> tuple[int, int] | None:
-        """Return (offset, size) of a place for a value that `token` writes; None if it can't be stored.
+        """Return (offset, size) of a place for a value that `token` writes; None, and no change, if it can't be stored.
 
-        Then nothing has changed. `num_more`: see `is_full`.
+        `num_more`: see `is_full`.
         """
         num_blocks = self.geometry.blocks_for(size)
         room = self._find_room(key, num_blocks, num_more)
@@ -3993,9 +3993,9 @@ class Index(Space):
         return table.place(slot)
 
     def commit(self, token: int, saved: Saved | None, keep_pinned: bool, if_absent: bool) -> None:
-        """Make a reserved value an entry, in place of what is there under its key; `if_absent`: if nothing is.
+        """Make a reserved value an entry, in place of any value under its key; `if_absent`: only if there is none.
 
-        `saved`: what a snapshot says of it. `keep_pinned`: the token goes on as a pin.
+        `saved`: its history from a snapshot. `keep_pinned`: the token stays as a pin.
         """
         (slot,) = self.pins.held[token]
         key = self.table.key(slot)
@@ -4015,13 +4015,13 @@ class Index(Space):
         checksum: int,
         least: Least | None,
     ) -> Least:
-        """Do what `commit` does; in a path the entry gets at `least` so many uses and that priority.
+        """Commit a value. In a path it gets no fewer uses and no lower priority than `least`.
 
-        Returns what its parent gets.
+        Return the `least` of its parent.
         """
         table, words, pins = self.table, self.words, self.pins
         (slot,) = pins.held[token]
-        if not old and words[NUM_ENTRIES] >= self.geometry.max_entries:  # others filled up while we were copying
+        if not old and words[NUM_ENTRIES] >= self.geometry.max_entries:  # others have filled the pool during our copy
             victim = next(self.candidates(), 0)
             self.evict([victim] if victim else [])
         words[DIRTY] = 1
@@ -4048,7 +4048,7 @@ class Index(Space):
         return least
 
     def _uses_of(self, key: bytes, old: int) -> int:
-        """Return the use count that a value begins with: that of the one it replaces, or of its ghost."""
+        """Return the use count that a new value begins with: that of the value it replaces, or of its ghost."""
         return self.order.numbers(old)[1] if old else self.order.recall(key)
 
     def _enter(self, slot: int, old: int, count: int, priority: int) -> None:
@@ -4064,7 +4064,7 @@ class Index(Space):
         words[PUTS] = words[PUTS] + 1
 
     def _swap(self, slot: int, start: int, num_blocks: int) -> None:
-        """Give an entry that `_begin_change` has sealed off a new value, in blocks that are taken already."""
+        """Give an entry a new value, in blocks that are allocated already, after `_begin_change` has sealed it off."""
         table, words = self.table, self.words
         extent = table.extent(slot)
         table.swap(slot, start, num_blocks)
@@ -4073,13 +4073,13 @@ class Index(Space):
         self.order.replace(slot)
         words[PUTS] = words[PUTS] + 1
 
-    # --- settling what was cut off -----------------------------------------------------------------------------------
+    # --- settling cut-off calls --------------------------------------------------------------------------------------
 
     def settle_own(self, tokens: Collection[int]) -> None:
-        """Hold nothing by these tokens, whose calls were cut off, and let our pins and writes agree with the rest.
+        """Forget these tokens, whose calls were cut off, and clear the pins and writes that no other token holds.
 
-        That takes a pass over all records, 0.03 us a slot, only where there are many slots, or one is not known: after
-        an interrupt inside a call, and not after an error in a block that reads or writes a value.
+        It makes a pass over all records, 0.03 us a slot, only if there are many slots, or one is not known. That is so
+        after an interrupt inside a call, but not after an error in a block that reads or writes a value.
         """
         pins = self.pins
         slots = pins.forget(tokens)
@@ -4089,24 +4089,24 @@ class Index(Space):
             self.settle(held, among)
 
     def settle_dead_again(self, dead: Mapping[int, int], among: range, is_last: bool = False) -> None:
-        """Do one step of `settle_dead` for those of these that are still there: others may do the same."""
+        """Do one step of `settle_dead` for the sessions in `dead` that are still there: others may do the same."""
         left = [session for session, pid in self.dead_sessions().items() if dead.get(session) == pid]
         self.settle_dead(left, among, is_last)
 
     # --- repairing and checking --------------------------------------------------------------------------------------
 
     def begin_anew(self) -> None:
-        """Forget what an error of ours has cut off; what is DIRTY, by us or by a process that has died, stays so."""
+        """Forget any change of ours that an error has cut off. DIRTY stays set if we or a dead process have set it."""
         self._is_rebuilding = bool(self.words[DIRTY])
         self._unfinished = int(self._is_rebuilding)
 
     def repair(self) -> None:
-        """Rebuild, after a process has died or an error has come in the middle of a change."""
+        """Rebuild after a process has died, or an error has come, in the middle of a change. It scans all records."""
         self.reclaim_dead()
         self.rebuild()
 
     def rebuild(self) -> list[str]:
-        """Make everything derived anew from the records; returns what was wrong with records themselves."""
+        """Rebuild all derived data from the records; return the problems of the records themselves."""
         table = self.table
         self.words[DIRTY] = self._unfinished = 1
         self._is_rebuilding = True
@@ -4114,7 +4114,7 @@ class Index(Space):
         self.settle({})
         problems, entries, others, extents = self._sound_records()
         replaced = set(table.slots(COMPLETE)).difference(entries)
-        if replaced:  # readers without the lock may just pin them: mark them first, as in `_drop`
+        if replaced:  # readers without the lock may be pinning them: mark them first, as in `_drop`
             for slot in replaced:
                 table.set_state(slot, CONDEMNED)
             _new_lock().acquire()
@@ -4124,7 +4124,7 @@ class Index(Space):
         for slot in table.slots(WRITING, COMPLETE, CONDEMNED):
             if slot not in kept:
                 table.set_state(slot, FREE)
-        table.renew(entries)  # before any block is free: readers without the lock must notice
+        table.renew(entries)  # before any block is freed: readers without the lock must notice
         table.rebuild(self.order.oldest_first(entries), others)
         self.blocks.rebuild_locked(join_extents(extents))
         self.order.rebuild(entries)
@@ -4133,9 +4133,9 @@ class Index(Space):
         return problems
 
     def _sound_records(self) -> tuple[list[str], list[int], list[int], list[Extent]]:
-        """(problems, slots of entries, slots of WRITING and CONDEMNED records, extents of both by first block).
+        """Return (problems, slots of entries, slots of WRITING and CONDEMNED records, extents of both by first block).
 
-        Who owns them is not asked here.
+        It takes one pass over all records, and does not look at their owners.
         """
         problems, found = self.table.sound()
         others, extents = [], []
@@ -4172,7 +4172,7 @@ class Index(Space):
         return problems, entries, others, extents
 
     def check(self, fix: bool) -> list[str]:
-        """Return the problems found when comparing everything derived with the records; see `KVCachePool.check`."""
+        """Return the problems found when comparing all derived data with the records; see `KVCachePool.check`."""
         self.reclaim()
         self.settle({})
         table = self.table
@@ -4198,7 +4198,7 @@ class Index(Space):
     # --- the policy --------------------------------------------------------------------------------------------------
 
     def set_policy(self, policy: EvictionPolicy, packed_weights: int, ghosts: memoryview | None) -> None:
-        """Go by another policy, and let all handles follow."""
+        """Change the policy, which rebuilds the index, or only its weights; all handles follow."""
         self.order.configure(packed_weights)
         if policy is not self.order.policy:
             self.words[DIRTY] = self._unfinished = 1
@@ -4208,19 +4208,19 @@ class Index(Space):
             self.rebuild()
 
     def configure_adaptive(self, packed_weights: int) -> EvictionPolicy:
-        """Let adaptive go by these weights, if that is the policy, which is returned."""
+        """Set the weights if the policy is ADAPTIVE; return the policy."""
         if self.order.is_adaptive:
             self.order.configure(packed_weights)
         return self.order.policy
 
     def how_to_order(self) -> tuple[Callable[[int, int, int, int, int, int], Note], Waste | None]:
-        """Return (`note_of`, `waste` for `in_victim_order`), as of now."""
+        """Return (`note_of`, `waste`) for `in_victim_order`, as of now."""
         return self.order.note_of, self.order.waste_now()
 
     # --- describing --------------------------------------------------------------------------------------------------
 
     def copy(self, slot: int) -> bytes:
-        """Return what the segment says of an entry, for `read_copy`.
+        """Return the bytes of an entry, for `read_copy`.
 
         Making thousands of objects under the lock would start garbage collections there, and others would wait.
         """
@@ -4236,19 +4236,19 @@ class Index(Space):
         return [self.copy(slot) for token in tokens for slot in self.pins.held.get(token, ())]
 
     def describe_prefix(self, prefix: bytes) -> list[bytes] | None:
-        """Return copies of the entries with a prefix hash, oldest first; None if that takes long, or it is empty."""
+        """Return copies of the entries with a prefix hash, oldest first; None if it is "", or that takes long."""
         slots = self.table.find_prefix(prefix, ENTRIES_A_STEP)
         return None if slots is None else list(map(self.copy, slots))
 
     def sweep(self, chain: int, work: Callable[[Index, int], _R]) -> tuple[list[_R], int]:
-        """Return (what `work` returns for the entries of some key chains from `chain` on, the next chain)."""
+        """Return (results of `work` for the entries of some key chains from `chain` on, the next chain)."""
         slots, chain = self.table.chains(chain, ENTRIES_A_STEP)
         return [work(self, slot) for slot in slots], chain
 
     def copy_small(self, copies: list[bytes]) -> tuple[list[bytes], list[bytes]]:
-        """Return (copies of entries as they are now, copies of values), as many as make up a MiB.
+        """Return (copies of entries as they are now, copies of their values), up to a MiB of values.
 
-        b"" twice for an entry that has gone. It ends with a large value: the entry, without a copy of the value.
+        Both are b"" for an entry that has gone. A large value ends the lists: its entry is there, its value is not.
         """
         table, memory, unpack = self.table, self.memory, COPY_SIZES.unpack_from
         data, block_size = self._data_offset, self._block_size
@@ -4258,7 +4258,7 @@ class Index(Space):
         for noted in copies:
             copy = noted
             slot, size, start, _, _, _ = unpack(copy)
-            if table.copy(slot) != copy[COPY_RECORD_AT:]:  # used, replaced or gone since it was noted
+            if table.copy(slot) != copy[COPY_RECORD_AT:]:  # used, replaced or removed since it was copied
                 copy = self.describe(copied_key(copy).encode())
                 if not copy:
                     now.append(b"")
@@ -4277,7 +4277,7 @@ class Index(Space):
         return now, values
 
     def count_pinned(self, among: range) -> int:
-        """Return how many entries in some slots are pinned."""
+        """Return the number of pinned entries among some slots; one pass over them."""
         return sum(self.table.state(slot) == COMPLETE for slot in self.pins.pinned(among))
 
     def count(self) -> int:
@@ -4285,15 +4285,15 @@ class Index(Space):
         return int(self.words[NUM_ENTRIES])
 
     def num_used(self) -> int:
-        """Return how many slots were ever used."""
+        """Return the number of slots that were ever used."""
         return len(self.table.used())
 
     def forget_waiter(self) -> None:
-        """Wait no more for a process that was killed while it waited for the lock."""
+        """Clear WAITED_FOR, after a process was killed while it waited for the lock."""
         self.words[WAITED_FOR] = 0
 
     def stats(self) -> dict[str, Any]:
-        """Return what `KVCachePool.get_stats` says of blocks, entries and accesses; frees what dead processes left."""
+        """Return the figures of `KVCachePool.get_stats` on blocks, entries and accesses, after a `reclaim`."""
         self.reclaim()
         words = self.words
         allocated, total = self.blocks.get_usage()
@@ -4322,18 +4322,18 @@ class Index(Space):
 # ======================================================================================================================
 
 # A snapshot is a safetensors file (https://github.com/huggingface/safetensors#format): eight bytes of header length, a
-# JSON header, the tensors without gaps. One tensor an entry, next victim first, so that reading them in turn rebuilds
+# JSON header, the tensors without gaps. There is one tensor an entry, next victim first: reading them in turn rebuilds
 # the eviction order. `__metadata__` holds "format", "cortex_header_crc32", "cortex_config" (JSON) and
 # "cortex_entries" (JSON: tensor name -> the list in `_describe_saved`).
 
 SNAPSHOT_FORMAT = "cortex-kv 1"
-NO_CHECKSUM = "00000000"  # stands in the header while its CRC-32 is computed, over the header with its padding
+NO_CHECKSUM = "00000000"  # in the header while its CRC-32 is computed, over the header with its padding
 SNAPSHOT_SUFFIX = ".safetensors"
 MAX_SNAPSHOT_HEADER = 1 << 31
 
 
 class SnapshotEntry(NamedTuple):
-    """One entry of a snapshot: where its bytes lie in the file, their CRC-32, and what the pool knew about it."""
+    """One entry of a snapshot: its description by the pool, with its place in the file, and the CRC-32 of its bytes."""
 
     entry: CacheEntry  # its offset counts from the start of the file
     crc32: int | None  # None: written by another program
@@ -4343,14 +4343,14 @@ _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _describe_saved(copy: bytes, names: set[str], crc32: int, begin: int) -> tuple[str, str]:
-    """Return (the item of "cortex_entries", the tensor) of a copied entry, as JSON; its tensor's name joins `names`.
+    """Return (the item of "cortex_entries", the tensor) of a copied entry, as JSON; add its tensor's name to `names`.
 
-    Put together by hand, from the bytes: going by way of a CacheEntry and `json.dumps` takes five times as long, which
-    tells with 100,000 small entries.
+    The text is joined by hand, from the bytes: a CacheEntry and `json.dumps` take five times as long, which is noticed
+    with 100,000 small entries.
     """
     key, prefix, tensor, _, size, created, accessed, count, priority, tokens, layer = read_copy(copy)
     name, key_text = key, encode_basestring(key)
-    while name in names or name == "__metadata__":  # the one name that safetensors keeps for itself
+    while name in names or name == "__metadata__":  # safetensors reserves this name
         name += "_"
     names.add(name)
     text = key_text if name is key else encode_basestring(name)
@@ -4367,7 +4367,7 @@ def _describe_saved(copy: bytes, names: set[str], crc32: int, begin: int) -> tup
 
 
 def _snapshot_header(config: CachePoolConfig, about: list[str], tensors: list[str]) -> bytes:
-    """Return the JSON header for tensors that lie one behind the other, its checksum still NO_CHECKSUM."""
+    """Return the JSON header for tensors without gaps, its checksum still NO_CHECKSUM."""
     metadata = {
         "format": SNAPSHOT_FORMAT,
         "cortex_header_crc32": NO_CHECKSUM,
@@ -4381,22 +4381,22 @@ _ESCAPED = re.compile(rb'[\0-\x1f"\\\x7f]')
 
 
 def header_room(texts: bytes) -> int:
-    """Return how many bytes are enough for what the header says of an entry, from its key and all its texts."""
+    """Return enough bytes for the part of the header on an entry, from its key and all its texts."""
     # The key is there three times, and twice in JSON within JSON.
     return 300 + (32 if _ESCAPED.search(texts) else 4) * len(texts)
 
 
 class SnapshotReader(Protocol):
-    """How `write_snapshot` gets at the values of a pool that others use."""
+    """The access of `write_snapshot` to the values of a pool that others use."""
 
     def small_values(self, copies: list[bytes]) -> list[tuple[bytes, bytes | None]]:
         """Return (the entry as it is now, its value) of the first of these copied entries, of at least one.
 
-        (b"", b"") where a key has gone. The value of a large one is None.
+        It is (b"", b"") if the key has gone. A large value is None.
         """
 
     def value(self, key: str) -> contextlib.AbstractContextManager[tuple[bytes, memoryview] | None]:
-        """Open one value in place: (the entry as it is now, its value), None if it has gone."""
+        """Open one value in place: (the entry as it is now, its value); None if it has gone."""
 
 
 def write_snapshot(
@@ -4410,12 +4410,11 @@ def write_snapshot(
 ) -> int:
     """Write a snapshot of these entries and return how many it holds; `path` is replaced whole or not at all.
 
-    `copies` are as `KVCachePool._copy_all` makes them. `read` opens the values, `total` bytes as far as is known; a key
-    that has gone meanwhile is left out. The header
-    comes first in the file but is known last, so room for it is kept, `room` bytes for what it says of the entries, and
-    filled up with spaces, as the format allows. The temporary file
-    has a fixed name and is locked: two writers to one path take turns, and what a killed one left is reused. A link of
-    that name is refused: it leads to a file that is none of ours.
+    `copies` are as `KVCachePool._copy_all` makes them. `read` opens the values, `total` bytes as far as is known. A key
+    that has gone meanwhile is left out. The header comes first in the file but is known last. So space is kept for it,
+    `room` bytes for the entries, and filled up with spaces, as the format allows. The temporary file has a fixed name
+    and is locked. Two writers to one path take turns, and the file of a killed writer is reused. A link of that name is
+    refused: it leads to a file that is none of ours.
     """
     directory, base = os.path.split(os.path.abspath(path))
     temporary = os.path.join(directory, f".{base}.tmp")
@@ -4432,13 +4431,13 @@ def write_snapshot(
             opened = os.fstat(fd)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(opened, os.lstat(temporary)):
-                    break  # else another writer has renamed it meanwhile
+                    break  # if not, another writer has renamed it meanwhile
             file.close()
         with file:
             if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
                 raise StorageError(f"{temporary} is no file, or has a second name: remove it")
             try:
-                fcntl.fcntl(fd, fcntl.F_SETFL, 0)  # append mode was for opening without truncating, before the lock
+                fcntl.fcntl(fd, fcntl.F_SETFL, 0)  # append mode was needed to open without truncating, before the lock
                 os.fchmod(fd, 0o600)
                 file.truncate(0)
                 with _Checksums() as checksums:
@@ -4449,8 +4448,8 @@ def write_snapshot(
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
                 raise
-    # The snapshot is in place, whatever follows. Network and FUSE file systems may refuse to sync a directory, and a
-    # directory that can be written may not be readable.
+    # The snapshot is in place, whatever happens here. Network and FUSE file systems may refuse to sync a directory, and
+    # a directory that can be written may not be readable.
     with contextlib.suppress(OSError):
         directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -4466,18 +4465,18 @@ def _open_private(path: str, flags: int) -> int:
 
 
 class _Checksums(contextlib.ExitStack):
-    """CRC-32 of large values in a second thread, beside their being written: a third less time for a snapshot."""
+    """Compute the CRC-32 of large values in a second thread during their write: a third less time for a snapshot."""
 
     def __enter__(self) -> _Checksums:
         self._thread = None
-        with contextlib.suppress(RuntimeError):  # at exit no more threads can be had
+        with contextlib.suppress(RuntimeError):  # at exit no more threads can be started
             from concurrent.futures import ThreadPoolExecutor
 
             self._thread = self.enter_context(ThreadPoolExecutor(1))
         return super().__enter__()
 
     def start(self, data: memoryview) -> Callable[[], int]:
-        """Begin; what is returned waits for the result. zlib lets other threads run meanwhile."""
+        """Begin, and return a function that waits for the result. zlib lets other threads run meanwhile."""
         if self._thread is not None and len(data) >= BESIDE:
             with contextlib.suppress(RuntimeError):
                 return self._thread.submit(zlib.crc32, data).result
@@ -4497,7 +4496,7 @@ def _write_values(
     room = (room + 8192 + 8 * len(_snapshot_header(config, [], []))) // 8 * 8
     file.seek(8 + room)
     names: set[str] = set()
-    about: list[str] = []  # text, and no objects that each garbage collection would look at
+    about: list[str] = []  # text: every garbage collection would have to visit other objects
     tensors: list[str] = []
     done = at = 0
 
@@ -4540,7 +4539,7 @@ def _write_values(
                         crc32 = checksum()  # before the view ends
                     add(copy, crc32, start)
     header = _snapshot_header(config, about, tensors)
-    if len(header) > room:  # would take entries rewritten meanwhile with far longer texts
+    if len(header) > room:  # only if entries were rewritten meanwhile with far longer texts
         raise StorageError(f"the snapshot's header has {len(header)} bytes, room was kept for {room}: try again")
     header = header.ljust(room)
     header = header.replace(NO_CHECKSUM.encode(), b"%08x" % zlib.crc32(header), 1)
@@ -4550,7 +4549,7 @@ def _write_values(
 
 
 def _write_all(file: io.RawIOBase, data: memoryview) -> None:
-    """To a file without a buffer, which would pass half of a large value on in small pieces."""
+    """Write all of `data` to a file without a buffer, which would write half of a large value in small pieces."""
     at = 0
     while at < len(data):
         at += file.write(data[at:]) or 0
@@ -4560,9 +4559,9 @@ class Snapshot:
     """A snapshot file open for reading. Its header is checked when it is opened, its values by `verify`."""
 
     def __init__(self, path: str, salvage: bool = False) -> None:
-        """FileNotFoundError if there is no such file, CorruptionError if it is not a whole safetensors file.
+        """Open a file and read its header; FileNotFoundError if there is none, CorruptionError if it is not whole.
 
-        With `salvage` the values may be cut, or followed by something else; the header must be whole.
+        With `salvage` the values may be cut, or followed by something else. The header must be whole.
         """
         self.path = path
         self.num_described = 0
@@ -4613,10 +4612,10 @@ class Snapshot:
         data_at = 8 + len(raw)
         header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
         metadata = header.pop("__metadata__", None)
-        metadata = {} if metadata is None else metadata  # null is as good as none for the safetensors package
+        metadata = {} if metadata is None else metadata  # the safetensors package takes null for none, too
         if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
             raise ValueError("__metadata__ must be texts by name")
-        # Any sign of ours counts, so that damage to one of them does not make the file look like another program's.
+        # Any sign of ours is enough. So damage to one of them does not make the file look like another program's.
         ours = (
             not {"cortex_header_crc32", "cortex_config", "cortex_entries"}.isdisjoint(metadata)
             or metadata.get("format") == SNAPSHOT_FORMAT
@@ -4677,9 +4676,9 @@ class Snapshot:
             raise ValueError("two entries have one key")
 
     def read(self, item: SnapshotEntry, target: memoryview) -> bool:
-        """Read one value; False if it does not match its checksum.
+        """Read one value into `target`; return False if it does not match its checksum.
 
-        A `target` shorter than the value is filled again and again: good for checking only.
+        A `target` shorter than the value is filled again and again, which is of use only to check the value.
         """
         assert self._file is not None
         size = item.entry.size
@@ -4697,7 +4696,7 @@ class Snapshot:
     def verify(self, salvage: bool = False, progress: Progress | None = None) -> list[SnapshotEntry]:
         """Read all values once and return the intact entries.
 
-        CorruptionError naming the first damaged one, unless `salvage` says to leave such out.
+        CorruptionError that names the first damaged entry, unless `salvage` leaves such entries out.
         """
         intact = []
         total = sum(item.entry.size for item in self.entries)
@@ -4718,7 +4717,7 @@ class Snapshot:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads, which would silently drop the first of two equal keys."""
+    """Return a dict of pairs; ValueError if a name is there twice, for `json.loads` silently drops the first one."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("two entries have one name")
@@ -8740,6 +8739,10 @@ class KVCacheCLI:
     def demo(self, args: argparse.Namespace) -> int:
         return _demo()
 
+    def completion(self, args: argparse.Namespace) -> int:
+        _out(_completion(args.shell))
+        return EXIT_DONE
+
     def _open(self, name: str) -> KVCachePool:
         pool = self.store.get(name)
         if pool is None:
@@ -8966,8 +8969,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("file", metavar="FILE", nargs="?", help="default: standard input")
     sub.add_argument("--prefix-hash", metavar="TEXT", help="names the prompt prefix that the value belongs to")
     sub.add_argument("--priority", type=int, metavar="N", help="for policy priority: higher stays longer")
-    sub.add_argument("--sequence-length", type=int, metavar="N", help="tokens")
-    sub.add_argument("--layer-index", type=int, metavar="N")
+    sub.add_argument("--sequence-length", type=int, metavar="N", help="how many tokens it covers")
+    sub.add_argument("--layer-index", type=int, metavar="N", help="layer of the model")
     sub = command("get", "write a value to a file, or to standard output")
     sub.add_argument("name", metavar="NAME")
     sub.add_argument("key", metavar="KEY")
@@ -9014,7 +9017,83 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--plot", metavar="FILE.png", nargs="?", const="", help=plot_help)
     command("policies", "list the eviction policies", json_too=True)
     command("demo", "a tour with several real processes, in under 15 seconds")
+    sub = command("completion", "print a script that completes commands, options and names of pools in your shell")
+    sub.add_argument("shell", metavar="SHELL", choices=["bash", "zsh", "fish"], help="bash, zsh or fish")
     return parser
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of each command."""
+    found: Any = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    return dict(found)
+
+
+# The words before the one that is completed tell which command it is. Names of pools are asked for when needed.
+_BASH_COMPLETION = """\
+_cortex() {
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} command= words= pools= i
+    COMPREPLY=()
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        case ${COMP_WORDS[i]} in
+            --store) ((i++)) ;;
+            cache | -*) ;;
+            *) command=${COMP_WORDS[i]}; break ;;
+        esac
+    done
+    case $command,$before in
+        %s
+    esac
+    if [[ $pools && $word != -* ]]; then
+        words+=" $(cortex cache status 2>/dev/null | awk 'NR > 1 {print $1}')"
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+}
+complete -o default -F _cortex cortex"""
+
+
+def _completion(shell: str) -> str:
+    """Return a script by which a shell completes commands, options, their values and names of pools."""
+    import shlex
+
+    def choices(action: argparse.Action) -> str:
+        return " ".join(map(str, action.choices or ()))
+
+    commands = subcommands(build_parser())
+    cases, free = [], set()  # options whose values are chosen from a list, and the others
+    fish = ["complete -c cortex -f", "complete -c cortex -n __fish_use_subcommand -a cache"]
+    no_command = f"not __fish_seen_subcommand_from {' '.join(commands)}"
+    pools = "(cortex cache status 2>/dev/null | string match -gr '^(\\S+)' | tail -n +2)"
+    for name, sub in commands.items():
+        seen = f"complete -c cortex -n '__fish_seen_subcommand_from {name}'"
+        fish.append(f"complete -c cortex -n '{no_command}' -a {name} -d {shlex.quote(sub.description or '')}")
+        words, names_pool = "", ""
+        for action in sub._actions:
+            option = action.option_strings[-1] if action.option_strings else ""
+            words += f" {option or choices(action)}"
+            if option:
+                line = f"{seen} -l {option[2:]} -d {shlex.quote(action.help or option[2:])}"
+                if action.choices:
+                    cases.append(f'{name},{option}) words="{choices(action)}" ;;')
+                    line += f" -x -a '{choices(action)}'"
+                elif action.nargs != 0:
+                    free.add(f"*,{option}")
+                    line += " -r -F"
+                fish.append(line)
+            elif action.choices:
+                fish.append(f"{seen} -a '{choices(action)}'")
+            elif action.dest in ("name", "trace") and name != "create":
+                names_pool = " pools=1"
+                fish.append(f"{seen} -a {shlex.quote(pools)}")
+            elif action.dest != "key":
+                fish.append(f"{seen} -F")
+        cases.append(f'{name},*) words="{words.strip()}"{names_pool} ;;')
+    if shell == "fish":
+        return "\n".join(fish)
+    cases.sort(key=lambda case: ",*)" in case)
+    cases.insert(sum(",*)" not in case for case in cases), f"{' | '.join(sorted(free))}) return ;;")
+    cases.append(f'*) words="cache {" ".join(commands)}" ;;')
+    zsh = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" if shell == "zsh" else ""
+    return zsh + _BASH_COMPLETION % "\n        ".join(cases)
 
 
 def _fill_standard_streams() -> None:

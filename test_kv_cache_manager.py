@@ -24,6 +24,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -8926,7 +8927,7 @@ class TestReplay:
 
 
 COMMANDS = ["create", "status", "list", "put", "get", "evict", "persist", "restore", "configure", "check", "delete"]
-COMMANDS += ["prune", "replay", "policies", "demo"]
+COMMANDS += ["prune", "replay", "policies", "demo", "completion"]
 
 
 class TestCommandLine:
@@ -9124,6 +9125,44 @@ class TestCommandLine:
     def test_the_help_names_every_command_and_no_other(self, cli):
         assert re.findall(r"^    (\w+) +\w", cli("--help")[1], re.MULTILINE) == COMMANDS
         assert [name for name in vars(KVCacheCLI) if not name.startswith("_")] == COMMANDS
+
+    @pytest.mark.parametrize("shell", ["bash", "fish"])
+    def test_shells_complete_commands_options_values_and_pools(self, cli, pool, store_dir, tmp_path, shell):
+        if not shutil.which(shell):
+            pytest.skip(f"{shell} is not installed")
+        program = tmp_path / "cortex"  # which the script asks for the names of pools
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {MODULE} --store {store_dir} "$@"\n')
+        program.chmod(0o700)
+        cases = {
+            "cac": {"cache"},
+            "cache sta": {"status"},
+            "cache create n --tier ": {"cpu", "nvme", "gpu"},
+            "cache create n --max": {"--max-entries"},
+            "cache delete ": {"p", "--help", "--store"} if shell == "bash" else {"p"},
+            "completion z": {"zsh"},
+        }
+        if shell == "bash":
+            script = cli("completion", shell)[1]
+            script += 'for line in "$@"; do IFS=" " read -ra COMP_WORDS <<<"cortex $line"; case $line in *" ") '
+            script += 'COMP_WORDS+=("");; esac; COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _cortex; '
+            script += "echo ${COMPREPLY[@]}; done"
+            command = [shell, "-c", script, shell, *cases]
+        else:
+            lines = " ".join(f"'cortex {case}'" for case in cases)
+            script = f"for line in {lines}; echo (complete -C $line | string split -f1 \\t); end"
+            command = [shell, "-c", f"cortex completion fish | source; {script}"]
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
+        found = [set(line.split()) for line in done.stdout.splitlines()]
+        assert dict(zip(cases, found, strict=True)) == cases
+
+    def test_zsh_takes_the_completion_of_bash(self, cli, tmp_path):
+        if not shutil.which("zsh"):
+            pytest.skip("zsh is not installed")
+        script = cli("completion", "zsh")[1] + "print $_comps[cortex]"
+        env = {**os.environ, "HOME": str(tmp_path), "ZDOTDIR": str(tmp_path)}
+        done = subprocess.run(["zsh", "-fc", script], env=env, capture_output=True, text=True, timeout=60, check=True)
+        assert "_cortex" in done.stdout
 
     @pytest.mark.parametrize("option", ["-O", "-OO"])
     def test_commands_work_without_asserts_and_docstrings(self, option: str, store_dir: str, tmp_path: Path) -> None:
@@ -9427,15 +9466,23 @@ class TestCommandLine:
 
 
 # ======================================================================================================================
-# README
+# README and docs
 # ======================================================================================================================
 
 
 README = Path(__file__).with_name("README.md")
+DOCS = README.with_name("docs")
+PAGES = [*README.parent.glob("*.md"), *DOCS.glob("*.md")]
 
 
-@pytest.mark.skipif(not README.exists(), reason="runs beside the README only")
-class TestReadme:
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page, as code hosts make them from its headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.skipif(not DOCS.exists(), reason="runs beside the README and docs only")
+class TestDocs:
     def test_the_first_console_block_prints_what_it_says(self, tmp_path: Path) -> None:
         block = re.search(r"```console\n(.*?)```", README.read_text(), re.DOTALL).group(1)
         commands = re.findall(r"^\$ (.*)$", block, re.MULTILINE)
@@ -9446,22 +9493,28 @@ class TestReadme:
         )
         assert done.stdout.decode() == block
 
-    def test_every_command_and_option_is_documented(self) -> None:
-        text = README.read_text()
-        parser = kv.build_parser()
-        commands = next(action.choices for action in parser._actions if action.dest == "command")
-        for name, sub in commands.items():
-            assert f"`{name}" in text, f"README says nothing of the command {name}"
-            for action in sub._actions:
-                for option in action.option_strings:
-                    if option not in ("-h", "--help") and option.startswith("--") and name != "put":
-                        assert option in text, f"README says nothing of {name} {option}"
+    def test_the_reference_and_the_stub_say_what_the_code_says(self) -> None:
+        """Every public name, method, command and option is in them: `python docs/make_reference.py` writes them."""
+        for path, made in runpy.run_path(str(DOCS / "make_reference.py"))["pages"]().items():
+            assert path.read_text() == made, f"{path} is not up to date: run docs/make_reference.py"
 
-    def test_every_public_method_and_statistic_is_documented(self) -> None:
-        text = README.read_text()
+    def test_every_public_name_and_statistic_is_documented(self) -> None:
+        text = (DOCS / "api.md").read_text()
+        for name in kv.__all__:
+            assert f"# {name}\n" in text or f"| `{name}` |" in text, f"docs/api.md says nothing of {name}"
         for name in dir(KVCachePool):
-            if not name.startswith("_") and name not in ("default_snapshot_path",):
-                assert name in text, f"README says nothing of KVCachePool.{name}"
+            assert name.startswith("_") or f"### {name}\n" in text, f"docs/api.md says nothing of KVCachePool.{name}"
         with make_pool() as pool:
             for key in pool.get_stats():
-                assert key in text, f"README says nothing of the statistic {key}"
+                assert f"`{key}`" in text, f"docs/api.md says nothing of the statistic {key}"
+
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+    def test_every_link_leads_somewhere(self, page: Path) -> None:
+        text = page.read_text()
+        links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'\b(?:src|srcset|href)="([^"]+)"', text)
+        for link in links:
+            path, _, anchor = link.partition("#")
+            if "://" not in link:
+                target = page.parent / path if path else page
+                assert target.exists(), f"{page.name} links to {link}"
+                assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
