@@ -95,7 +95,7 @@ Locks
 * `flock` on the store directory is held while a pool takes a name in one of the tiers. So no name is in both.
   A process that holds it waits for no other lock.
 * Long work is done in steps of some milliseconds under the lock. A process that sleeps until it gets the lock sets
-  WAITED_FOR, and processes that work in steps let it go first. A sweep over all entries follows the key chains. An
+  WAITED_FOR, and processes that work in steps pause for it. A sweep over all entries follows the key chains. An
   overwritten key stays in its chain, so a key that is there throughout is seen exactly once.
 * A forked child shares its parent's open files, and so all of these locks. A page that the kernel wipes at every fork
   marks the child before it touches anything. The child then opens the file anew, and takes a session of its own.
@@ -247,7 +247,7 @@ CHANGES = 85  # number of changes to key chains
 UNREAD = 86  # 1 once the end of an array has left a deleted value to be freed
 USED = 89  # 1 once a reader has noted a use that is not counted yet
 GENERATION = 88  # of the last entry that was made, moved or changed in place; even
-WAITED_FOR = 87  # 1 while a process sleeps until it gets the lock: processes that work in steps let it go first
+WAITED_FOR = 87  # 1 while a process sleeps until it gets the lock: processes that work in steps pause for it
 BOOT_ID = 124  # the first of NUM_BOOT_IDS words: the boots for which the index is known to be whole, latest first
 NUM_BOOT_IDS = 4
 
@@ -299,7 +299,7 @@ PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits 
 ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, MOVES_A_STEP, STEP_BYTES = 256, 1 << 13, 1 << 16, 64, 4 << 20
 STEP_PAUSE, MAX_PAUSES = 1e-4, 100
 CLAIM_LOOK = 0.02  # seconds that a process waits for a claim before it looks for the value again
-# Bytes from which threads share a copy, and mean bytes a piece: below, handing over the GIL costs more. Most threads.
+# Bytes from which threads share a copy, mean bytes a piece (below, handing over the GIL costs more), most threads.
 PARALLEL_COPY, PARALLEL_PIECE, MAX_COPIERS = 8 << 20, 256 << 10, 4
 KEYS_A_LOOK = 64  # keys that one lookup without the lock sees as of one moment
 ENDING_PATIENCE = 1.0  # seconds that the end of a process waits for a daemon thread to end its call
@@ -408,7 +408,7 @@ def format_size(size_bytes: float) -> str:
 
 
 class EvictionPolicy(Enum):
-    """The entry to evict first. Of several, the least recently used one goes."""
+    """The rule for the entry to evict first. Of several such entries, the least recently used one goes."""
 
     LRU = "lru"  # least recently used
     LFU = "lfu"  # least often read
@@ -465,7 +465,7 @@ class CacheEntry:
 
 
 def _utc_now() -> str:
-    from datetime import datetime, timezone  # here, for it takes time that a shell command need not spend
+    from datetime import datetime, timezone  # here: its import takes time that a shell command need not spend
 
     return datetime.now(timezone.utc).isoformat()
 
@@ -479,10 +479,10 @@ class CachePoolConfig:
     tier: str = "cpu"  # "cpu": shared memory, "nvme": a mapped file in the store directory
     eviction_policy: str = "lru"
     max_entries: int = 10000
-    persist_path: str | None = None  # where `persist` writes when it is given no path
+    persist_path: str | None = None  # the path that `persist` writes to if it is given none
     created_at: str = field(default_factory=_utc_now)
     block_size: int = BLOCK_SIZE  # bytes; the unit of allocation
-    record: int = 0  # how many of the last accesses to keep for `cortex cache replay NAME`, 16 bytes each
+    record: int = 0  # number of last accesses to keep for `cortex cache replay NAME`, 16 bytes each
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -507,10 +507,10 @@ def check_name(name: str) -> str:
 
 
 def _show(value: object) -> str:
-    """Return a short repr for an error message. It never fails, as `repr` of an int of 5,000 digits does."""
+    """Return a short repr for an error message. It never fails, unlike `repr` of an int of 5,000 digits."""
     try:
         text = repr(value)
-    except Exception:  # noqa: BLE001  # whatever a caller's __repr__ raises
+    except Exception:  # noqa: BLE001  # a caller's __repr__ may raise anything
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -957,7 +957,7 @@ class BitmapAllocator:
         return None
 
     def _find_long(self, num_blocks: int, begin: int) -> int | None:
-        """Return the start of the lowest free run of 15 or more: find its zero bytes, then count its edges; or None.
+        """Return the start of the lowest free run of 15 or more, or None: find its zero bytes, then count its edges.
 
         The windows grow, for the run is often near, and copying the whole bitmap of a large pool takes 30 us.
         """
@@ -3432,7 +3432,7 @@ class Space:
     def _find_room(self, key: bytes, num_blocks: int, num_more: int = 0) -> tuple[int, int] | None:
         """Return (start of `num_blocks` free blocks, slot of the value under `key` or 0); a slot is free then, too.
 
-        Evicts and moves entries where it must. None, and nothing has changed, if pins are in the way.
+        Evict and move entries where needed. None, and nothing has changed, if pins are in the way.
         """
         words = self.words
         old = self.table.find(key)
@@ -4106,7 +4106,7 @@ class Index(Space):
         self.rebuild()
 
     def rebuild(self) -> list[str]:
-        """Rebuild all derived data from the records; return the problems of the records themselves."""
+        """Rebuild all derived data by passes over all records; return the problems of the records themselves."""
         table = self.table
         self.words[DIRTY] = self._unfinished = 1
         self._is_rebuilding = True
@@ -4172,7 +4172,7 @@ class Index(Space):
         return problems, entries, others, extents
 
     def check(self, fix: bool) -> list[str]:
-        """Return the problems found when comparing all derived data with the records; see `KVCachePool.check`."""
+        """Return the problems found when comparing all derived data with all records; see `KVCachePool.check`."""
         self.reclaim()
         self.settle({})
         table = self.table
@@ -4559,9 +4559,9 @@ class Snapshot:
     """A snapshot file open for reading. Its header is checked when it is opened, its values by `verify`."""
 
     def __init__(self, path: str, salvage: bool = False) -> None:
-        """Open a file and read its header; FileNotFoundError if there is none, CorruptionError if it is not whole.
+        """Open a snapshot and read its header. With `salvage` the values may be cut, or followed by something else.
 
-        With `salvage` the values may be cut, or followed by something else. The header must be whole.
+        FileNotFoundError if there is no such file, CorruptionError if it is not a whole safetensors file.
         """
         self.path = path
         self.num_described = 0
