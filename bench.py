@@ -145,24 +145,30 @@ def worker(peer, place, size, count, number, start):
         return done / (time.time() - first) / 1e9
 
 
+def medians(size, count):
+    """{(op, name): us} in one process, of all that is installed, with `count` values of one size."""
+    data, other, works = random.randbytes(size), bytes(size), {}
+    numbers = [str(number) for number in range(2 * count)]
+    keys, more, misses = numbers[:count], numbers[count:], ["-" + number for number in numbers[:count]]
+    with contextlib.ExitStack() as stack:
+        for name, make in PEERS.items():
+            try:
+                put, get, view = stack.enter_context(make(stack.enter_context(folder()), size, count))
+            except (ImportError, FileNotFoundError) as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
+                continue
+            new, again = (lambda key, put=put, data=data: put(key, data) for data in (data, other))
+            works_of = (new, keys), (again, keys), (get, keys), (view, keys), (get, misses), (new, more)
+            ops = OPS if name not in ("LMDB", "files") else OPS[:-1]  # those evict nothing
+            works |= {(op, name): work for op, work in zip(ops, works_of, strict=False) if work[0]}
+        return take_turns(works)
+
+
 def compare(args):
     print("us, and times the bare copy; then GB/s that one process and two put and get, and their ratio")
     for size in map(kv.parse_size, args.sizes.split(",")):
-        count, data, other, works = max(16, min(1024, (192 << 20) // size)), random.randbytes(size), bytes(size), {}
-        numbers = [str(number) for number in range(2 * count)]
-        keys, more, misses = numbers[:count], numbers[count:], ["-" + number for number in numbers[:count]]
-        with contextlib.ExitStack() as stack:
-            for name, make in PEERS.items():
-                try:
-                    put, get, view = stack.enter_context(make(stack.enter_context(folder()), size, count))
-                except (ImportError, FileNotFoundError) as error:
-                    print(f"{name} is left out: {error}", file=sys.stderr)
-                    continue
-                new, again = (lambda key, put=put, data=data: put(key, data) for data in (data, other))
-                works_of = (new, keys), (again, keys), (get, keys), (view, keys), (get, misses), (new, more)
-                ops = OPS if name not in ("LMDB", "files") else OPS[:-1]  # those evict nothing
-                works |= {(op, name): work for op, work in zip(ops, works_of, strict=False) if work[0]}
-            us = take_turns(works)
+        count = max(16, min(1024, (192 << 20) // size))
+        us = medians(size, count)
         for name in dict.fromkeys(name for _, name in us):
             row = {op: us.get((op, name)) for op in OPS}
             for op in row.keys() - {"miss"}:
@@ -175,7 +181,12 @@ def compare(args):
             show(**{kv.format_size(size): name}, **row)
 
 
-def contender(name, op, place, size, count, seed, start):
+def meet_at(barrier):
+    """Run in a new process: a contender begins when all are at this barrier, however long their start takes."""
+    contender.barrier = barrier
+
+
+def contender(name, op, place, size, count, seed):
     """(calls a second, their times in us) of one of several processes that do the same thing for a second."""
     chance, data, times = random.Random(seed), random.randbytes(size), []
     with PEERS[name](place, size, count) as (put, get, view), contextlib.ExitStack() as stack:
@@ -186,8 +197,8 @@ def contender(name, op, place, size, count, seed, start):
             pool = stack.enter_context(pool_for(place, size, count + 1))
             works[op] = lambda key: pool.count_path(keys[:128])
         work = works[op]
-        while time.time() < start:
-            work(keys[0])
+        work(keys[0])
+        contender.barrier.wait(60)
         began = now = time.perf_counter()
         while now < began + 1:
             for key in keys:
@@ -198,11 +209,25 @@ def contender(name, op, place, size, count, seed, start):
         return len(times) / (now - began), [*sorted(times)[:: max(1, len(times) // 2000)], max(times)]
 
 
+def together(name, op, size, count, number):
+    """(calls a second of each of so many processes that do one thing at once, us of their calls in rising order)."""
+    context = multiprocessing.get_context("spawn")
+    with (
+        folder() as place,
+        PEERS[name](place, size, count) as (put, _, _),
+        context.Pool(number, meet_at, [context.Barrier(number)]) as pool,
+    ):
+        for key in range(count):
+            put(str(key), bytes(size))
+        works = [(name, op, place, size, count, seed) for seed in range(number)]
+        rates, times = zip(*pool.starmap(contender, works), strict=True)
+    return rates, sorted(time for some in times for time in some)
+
+
 def contend(args):
     print(
         "thousands of calls a second by all processes, and times what one does; us of a call: median, 99 of 100, worst"
     )
-    context = multiprocessing.get_context("spawn")
     for size, count in ((4096, 1000), (65536, 256)):
         for op in ("get", "view", "count_path 128", "put", "95 get, 5 put"):
             for name in ("bare_copy", "this_pool", "LMDB"):
@@ -211,21 +236,11 @@ def contend(args):
                 alone = 0
                 for number in (1, 2, 4, 8):
                     try:
-                        with (
-                            folder() as place,
-                            PEERS[name](place, size, count) as (put, _, _),
-                            context.Pool(number) as pool,
-                        ):
-                            for key in range(count):
-                                put(str(key), bytes(size))
-                            start = time.time() + 1.5
-                            works = [(name, op, place, size, count, seed, start) for seed in range(number)]
-                            rates, times = zip(*pool.starmap(contender, works), strict=True)
+                        rates, us = together(name, op, size, count, number)
                     except ImportError as error:
                         print(f"{name} is left out: {error}", file=sys.stderr)
                         break
                     alone = alone or sum(rates)
-                    us = sorted(time for some in times for time in some)
                     row = {"median": us[len(us) // 2], "p99": us[len(us) * 99 // 100], "worst": us[-1]}
                     row = {"processes": float(number), "1000 a second": (sum(rates) / 1000, sum(rates) / alone), **row}
                     show(**{kv.format_size(size): op, "": name}, **row)
@@ -373,6 +388,10 @@ def attach(args):
         show(python_ms=us["", ""] / 1000, status_ms=us["", "i"] / 1000)
 
 
+def cpu_name():
+    return Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for mode in (contend, paths, scale, allocator, snapshot, attach):
@@ -381,8 +400,7 @@ if __name__ == "__main__":
     parser.add_argument("--dir", default="/dev/shm", help="where snapshots go")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
-    print(machine := f"{os.cpu_count()} x {cpu}, Linux {platform.release()}, Python {platform.python_version()}")
+    print(machine := f"{os.cpu_count()} x {cpu_name()}, Linux {platform.release()}, Python {platform.python_version()}")
     args.mode(args)
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine, "rows": ROWS}, indent=1))

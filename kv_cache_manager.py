@@ -208,7 +208,7 @@ __all__ = [
     "model_fingerprint",
     "parse_size",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # ======================================================================================================================
 # Constants and layout
@@ -4745,10 +4745,10 @@ def snapshot_meta(entry: CacheEntry) -> EntryMeta:
 # ======================================================================================================================
 
 _open_pools: weakref.WeakSet[_Handle] = weakref.WeakSet()
-# Handles that are closed or garbage, while something made from one of their views lives: they keep their session.
+# Handles that are closed or garbage while something made from one of their views lives. They keep their session.
 _lent_out: set[_Handle] = set()
-# The weak references to all views of each handle, by id of their mapping: a collection that finds a handle in a cycle
-# clears the references that only the cycle holds, and the handle would not know of its views.
+# The weak references to all views of each handle, by id of their mapping. A garbage collection that finds a handle in a
+# cycle clears the references that only the cycle holds. Without this table the handle would lose track of its views.
 _all_view_refs: dict[int, dict[int, _ViewRef]] = {}
 
 
@@ -4764,7 +4764,7 @@ def _known_pools() -> list[_Handle]:
 def _expand_user(path: str) -> str:
     """Return `path` with a leading ~ or ~user replaced by that home directory.
 
-    A HOME that is empty or relative is none, as a store must be the same from everywhere.
+    An empty or relative HOME is ignored: a store must be the same from every directory.
     """
     if not path.startswith("~"):
         return path
@@ -4797,8 +4797,8 @@ def _real_store_path(store_path: str | os.PathLike[str] | None) -> str:
 def _segment_paths(store_path: str, name: str) -> dict[str, str]:
     """Return tier -> path of the segment of that name.
 
-    In /dev/shm a digest of the store keeps names of two stores apart. In the store directory itself the name does not
-    depend on the path, so that a directory can be renamed; no snapshot can have it, as pools have no @ in their names.
+    In /dev/shm the name has a digest of the store's path, so the names of two stores differ. In the store directory it
+    does not depend on the path: a directory can be renamed. No snapshot has that name, as pool names have no @.
     """
     digest = hashlib.sha256(os.fsencode(store_path)).hexdigest()[:12]
     cpu = os.path.join(SHM_DIR, f"{SEGMENT_PREFIX}{digest}-{name}")
@@ -4806,7 +4806,7 @@ def _segment_paths(store_path: str, name: str) -> dict[str, str]:
 
 
 def _open_there(path: str) -> Segment | None:
-    """Return the segment at `path`, its name locked; None if there is none. Waits for a maker to be done."""
+    """Return the segment at `path` with its name locked, or None. Waits for a process that is making it."""
     with _os_errors(f"open {path}"):
         try:
             return Segment(path)
@@ -4817,7 +4817,7 @@ def _open_there(path: str) -> Segment | None:
 
 
 def _check_agreement(config: CachePoolConfig, there: CachePoolConfig) -> None:
-    """PoolMismatchError showing both when a config differs in what opening can't change."""
+    """Raise PoolMismatchError, which shows both values, if a config differs where opening can't change the pool."""
     names = ("size_bytes", "tier", "eviction_policy", "block_size")
     different = [name for name in names if getattr(config, name) != getattr(there, name)]
     if different:
@@ -4838,7 +4838,7 @@ def _open_segment(
     exclusive: bool = False,
     progress: Progress | None = None,
 ) -> Segment | None:
-    """Open the pool of that name, or make it; None if it is not there. With `exclusive` it must not be there."""
+    """Open a segment, or make it if `create`; else return None. PoolExistsError if `exclusive` and it is there."""
     check_name(name)
     if sys.platform != "linux":
         raise UnsupportedError(f"pools need Linux (open-file-description locks, {SHM_DIR}); this is {sys.platform}")
@@ -4921,7 +4921,7 @@ def _open_segment(
 
 
 def _wait_for_lock(fd: int, words: memoryview) -> None:
-    """Take a lock that another thread has: mostly for a few microseconds, a tenth of what falling asleep costs."""
+    """Take a lock that is held. It is mostly held for a few microseconds, a tenth of the cost of falling asleep."""
     for _ in range(SPINS):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4937,7 +4937,7 @@ _flock, _TRY_LOCK, _UNLOCK = fcntl.flock, fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.L
 
 
 class _ClosedMemory:
-    """Stands for the memory of a closed pool: a call that another thread's `close` overtakes gets PoolClosedError."""
+    """Stands for the memory of a closed pool. A call that another thread's `close` overtakes gets PoolClosedError."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -4953,15 +4953,15 @@ class _ClosedMemory:
 
 
 class _ViewRef(weakref.ref):  # type: ignore[type-arg]
-    """Tells when the last user of a view has gone."""
+    """A weak reference whose callback runs when the last user of a view has gone."""
 
     __slots__ = ("pool", "tokens")
-    tokens: Sequence[int]  # what pins, or writes, what the view shows
+    tokens: Sequence[int]  # that pin, or write, the values that the view shows
     pool: _Handle  # set once the handle is closed or garbage
 
 
 def _try_lock(lock: Any) -> Any:
-    """Context manager that takes an RLock if it is free; if not, the end of the block is a RuntimeError.
+    """Return a context manager that takes an RLock if it is free; if not, the end of the block is a RuntimeError.
 
     Both ends are C code, so no interrupt can come between taking the lock and the block.
     """
@@ -4970,11 +4970,11 @@ def _try_lock(lock: Any) -> Any:
 
 
 def _array_gone(pool_ref: weakref.ref[_Handle], tokens: Sequence[int], _: weakref.ref[memoryview]) -> None:
-    """Unpin what an array showed that outlived its view: by our word at once, by a bit if the lock is free just now.
+    """Unpin a value when the last array that outlived its view has gone.
 
-    It may run inside any other code, so it must not wait; the next call does the rest. An interrupt in here is lost, as
-    in any callback of a weak reference; that is why the reference of `_lend`, whose callback is C code, is another one.
-    It is called after this one.
+    A pin by our word ends at once, a pin by a bit only if the lock is free now. This may run inside any other code, so
+    it must not wait: the next call does the rest. An interrupt in here is lost, as in any callback of a weak reference.
+    So `_lend` makes a reference of its own, whose callback is C code. It runs after this one.
     """
     pool = pool_ref()
     if pool is None or pool._segment is None or pool._closing or not _own_process[0]:
@@ -4994,7 +4994,7 @@ def _array_gone(pool_ref: weakref.ref[_Handle], tokens: Sequence[int], _: weakre
 
 
 def _view_gone_after_close(ref: _ViewRef) -> None:
-    """End the session of a closed handle when its last view has gone; without locks, as for a process that has died."""
+    """End the session of a closed handle when its last view has gone. Takes no lock: it ends like a dead process's."""
     pool = ref.pool
     pool._due.append(ref)
     if not pool._is_locked and pool._is_unused():
@@ -5002,14 +5002,14 @@ def _view_gone_after_close(ref: _ViewRef) -> None:
 
 
 class _Handle:
-    """A pool as one process has it open: its session, its lock, its end, and the memory that it lends to views.
+    """A pool as one process has it open: its session, its lock, its end, and the views of its memory.
 
-    What it holds is in `_index.pins`, by token. Only `_locked` takes the pool's lock, for a method of `Index`. What
-    an interrupt, an error or the end of an array leaves to be settled waits in `_due` for the next call that locks.
-    After a fork the child's handles are sessions of their own, which hold nothing.
+    `_index.pins` has all pins and writes of the handle, by token. Only `_locked` takes the pool's lock, to run a method
+    of `Index`. `_due` has everything that an interrupt, an error or the end of an array left unsettled. The next call
+    that locks settles it. After a fork the child's handles are sessions of their own, which hold nothing.
     """
 
-    _lost = "is closed"  # or how it came to be
+    _lost = "is closed"  # for PoolClosedError; else how the handle was lost
 
     def _start(self, segment: Segment) -> None:
         self._segment: Segment | None = segment  # None once closed
@@ -5027,16 +5027,16 @@ class _Handle:
         self._closing = False
         self._view_refs: dict[int, _ViewRef] = {}
         _all_view_refs[id(self._view_refs)] = self._view_refs
-        self._array_refs: dict[int, weakref.ref[memoryview]] = {}  # to what arrays show that outlive their views
+        self._array_refs: dict[int, weakref.ref[memoryview]] = {}  # to the owners of views that arrays outlive
         self._pins_by_key: dict[bytes, list[int]] = {}
         self._claims: dict[int, weakref.ref[_Claimant]] = {}  # by lock byte
         self._this_thread = threading.local()  # has its _Claimant
-        # Tokens whose calls an error or interrupt has cut off, and references to views whose last user has gone; 0:
-        # whatever else the next lock must put in order. An except block appends to it before all else: no second
-        # interrupt gets in before that call of C code is over.
+        # To settle at the next lock: tokens of calls that were cut off by an error or interrupt; references to views
+        # whose last user has gone; 0 for anything else. An except block appends to it before all else. That is one
+        # call of C code, so no second interrupt comes in before it is over.
         self._due: deque[int | _ViewRef] = deque([0])  # becomes a session at the first lock
         self._memory, self._words = segment.memory, segment.words
-        self._policy = 0  # what the header word POLICY said last
+        self._policy = 0  # the header word POLICY, as it was last seen
         self._is_lock_free = LOADS_IN_ORDER and not geometry.num_recorded  # a recorded access needs the lock
         policy = EvictionPolicy(self._config.eviction_policy)
         ghosts = segment.map_ghosts() if policy is EvictionPolicy.ADAPTIVE else None
@@ -5058,13 +5058,12 @@ class _Handle:
     def _locked(
         self, work: Callable[[Index, Unpack[_Args]], _R], *args: Unpack[_Args], after_close: bool = False
     ) -> _R:
-        """Run a method of `Index` under the pool's lock, once what others, or an interrupt, left behind is in order.
+        """Run a method of `Index` under the pool's lock, once everything left over is settled; return its result.
 
-        PoolClosedError if the pool is closed, but `after_close` for what ends something.
-
-        A KeyboardInterrupt may arrive after any call. `with` on an RLock (C code) and `flock` inside the try block
-        leave no gap in which a lock could stay held: unlocking what is not locked does no harm. A wrapper of our own
-        around both, used with `with`, would have one, at the first instruction of its `__exit__`.
+        PoolClosedError if the pool is closed or closing. With `after_close`, for calls that end something, only if it
+        is closed. A KeyboardInterrupt may arrive after any call, but leaves no lock held: `with` on an RLock is C code,
+        and `flock` is inside the try block. Unlocking a file that is not locked does no harm. A wrapper of our own
+        around both, used with `with`, would have a gap at the first instruction of its `__exit__`.
         """
         if not _own_process[0]:
             _adopt_pools()
@@ -5075,7 +5074,7 @@ class _Handle:
                 )
             fd = -1
             try:
-                self._is_locked = True  # to the very end: a handler that came in would unlock for us
+                self._is_locked = True  # to the very end: a signal handler that came in would unlock for us
                 segment = self._segment
                 if segment is None or (self._closing and not after_close):
                     raise PoolClosedError.of(self.name, self._lost)
@@ -5108,7 +5107,7 @@ class _Handle:
                     self._is_locked = False
 
     def _put_in_order(self, segment: Segment) -> None:
-        """Settle, under the lock, what earlier calls could not finish, here or in processes that died."""
+        """Settle calls that were cut off, here or in processes that died. The caller must hold the lock."""
         index, words = self._index, self._words
         due = [self._due[number] for number in range(len(self._due))]  # others append to it meanwhile
         if segment.session < 0:
@@ -5136,7 +5135,7 @@ class _Handle:
             self._due.popleft()
 
     def _enter(self, segment: Segment) -> None:
-        """Become a session; StorageError if there are too many."""
+        """Take a free session; StorageError if there is none. The caller must hold the lock."""
         index = self._index
         for is_last in (False, True):
             taken = index.pins.sessions()
@@ -5152,7 +5151,7 @@ class _Handle:
                 )
 
     def _follow_policy(self, segment: Segment) -> None:
-        """Go by the policy that the header names, which `set_eviction_policy` has changed, here or elsewhere."""
+        """Use the policy that the header names: `set_eviction_policy` has changed it, here or in another process."""
         word = self._words[POLICY]
         policy = _policy_now(self._config, word)
         ghosts = segment.map_ghosts() if policy is EvictionPolicy.ADAPTIVE else None
@@ -5161,11 +5160,11 @@ class _Handle:
         self._policy = word
 
     def _join(self) -> None:
-        """Put in order what is due; become a session, if this handle is none."""
+        """Take the lock once, to settle everything in `_due`, and to take a session if this handle has none."""
         self._locked(Index.count, after_close=True)
 
     def _settle_dead(self) -> None:
-        """Free what dead sessions hold in steps, between which others get the lock."""
+        """Free everything that dead sessions hold: a scan of all used slots, in steps, if there are dead sessions."""
         dead = self._locked(Index.dead_sessions)
         if dead:
             for among in self._ranges():
@@ -5173,7 +5172,7 @@ class _Handle:
             self._locked(Index.settle_dead_again, dead, range(0), True)
 
     def _give_way(self) -> None:
-        """Let others have the lock between two steps. A waiter that was stopped or killed is not waited for long."""
+        """Pause between two steps, so that others get the lock; not for long if a waiter was stopped or killed."""
         time.sleep(STEP_PAUSE)
         for _ in range(MAX_PAUSES):
             if not self._word(WAITED_FOR):
@@ -5182,7 +5181,7 @@ class _Handle:
         self._locked(Index.forget_waiter)
 
     def _sweep(self, work: Callable[[Index, int], _R]) -> list[_R]:
-        """Return what `work` returns for the slot of each entry, under the lock, which others get in between.
+        """Return the result of `work` for the slot of each entry: a scan under the lock, which others get in between.
 
         An entry that is there throughout is seen exactly once, also if it is overwritten meanwhile. The results are as
         of slightly different moments.
@@ -5197,7 +5196,7 @@ class _Handle:
         return found
 
     def _ranges(self) -> Iterator[range]:
-        """Return all slots that were ever used, so many at a time as may be passed over under one lock."""
+        """Yield all slots that were ever used, in ranges for one lock each; others get the lock in between."""
         end = self._locked(Index.num_used) + 1
         for begin in range(1, end, SLOTS_A_STEP):
             if begin > 1:
@@ -5205,7 +5204,7 @@ class _Handle:
             yield range(begin, min(begin + SLOTS_A_STEP, end))
 
     def _word(self, number: int) -> int:
-        """Read a word of the header without the lock; PoolClosedError if another thread closes the pool just now."""
+        """Return a word of the header, without the lock; PoolClosedError if another thread has just closed the pool."""
         try:
             return int(self._words[number])
         except ValueError:
@@ -5218,17 +5217,17 @@ class _Handle:
     # --- reading and writing ------------------------------------------------------------------------------------------
 
     def _may_read_unlocked(self) -> bool:
-        """Return True if this machine allows it, and nothing of this handle has to be put in order first."""
+        """Return True if this machine allows reads without the lock, and this handle has nothing to settle first."""
         return not (self._due or self._closing) and LOADS_IN_ORDER and bool(_own_process[0])
 
     def _note_late(self, use: int) -> None:
-        """Note a use of an entry that found no place, once all that are noted have been counted under the lock."""
+        """Count all noted uses under the lock, then note one that has found no free place."""
         with contextlib.suppress(CacheError, IndexError, ValueError):  # a signal handler inside a call; closed; forked
             self._locked(Index.catch_up)
             self._uses.note(use, next(self._use_numbers))
 
     def _count_miss(self) -> bool:
-        """Count a miss without the lock; False if that can't be done, or the pool also records accesses."""
+        """Count a miss without the lock; return False if that needs the lock, as in a pool that records accesses."""
         with self._mutex:  # not a lock of the parent's: the caller has just looked
             if self._segment is None or self._closing or self._due or self._is_locked or not self._is_lock_free:
                 return False
@@ -5239,7 +5238,7 @@ class _Handle:
             return True
 
     def _open_view(self, key: bytes, token: int, counts: bool, is_writable: bool) -> memoryview | None:
-        """Return a view of an entry, pinned as `token`; without the lock if this handle has no other such view."""
+        """Return a view of an entry, pinned as `token`, or None. Takes the lock if the session's word is in use."""
         if self._is_lock_free and _own_process[0]:
             with self._mutex:  # other threads use the same word to pin
                 if not (self._pins.named or self._is_locked or self._due or self._closing):
@@ -5266,9 +5265,9 @@ class _Handle:
         return self._lend_one(self._mapped.buffer if is_writable else self._mapped.read_only, *place, token)
 
     def _pin_unlocked(self, key: bytes, token: int, is_writable: bool) -> tuple[int, memoryview | None, bool]:
-        """(use, view, whether it is of that use still) of an entry, pinned by the session's word; use 0: there is none.
+        """Pin an entry by the session's word; return (its use, a view, True if the view is valid).
 
-        -1: that can't be done without the lock.
+        It is valid if the use is still current. The use is 0 if there is no such entry, -1 if that needs the lock.
         """
         segment, table, words, pins = self._segment, self._table, self._words, self._pins
         try:
@@ -5293,10 +5292,10 @@ class _Handle:
             return -1, None, False
 
     def _patiently(self, attempt: Callable[[], _R], size: int, num_own: int = 0) -> _R:
-        """Repeat an attempt to store that found no room, while copies under way elsewhere may be what is in the way.
+        """Repeat an attempt to store that finds no space, while copies of others may be in the way; return its result.
 
-        Copies take microseconds to milliseconds; pins that last longer are real, and the attempt fails. It does not
-        wait for the `num_own` values that the same call has on their way in.
+        Copies take microseconds to milliseconds. A pin that lasts longer is no copy, so the attempt fails. It does not
+        wait for the `num_own` values that the same call is storing.
         """
         started, pause = time.monotonic(), 1e-4
         result = attempt()
@@ -5311,7 +5310,7 @@ class _Handle:
         return result
 
     def _reserve(self, key: bytes, size: int, meta: EntryMeta, token: int) -> tuple[int, int] | None:
-        """(offset, size) of a place for a value, known by `token`, ready to be written; None if it can't be stored."""
+        """Reserve a place for a value as `token`; return its (offset, size), or None if it can't be stored."""
         place = self._patiently(lambda: self._locked(Index.reserve, key, size, meta, token), size)
         if place is not None:
             _map_pages(self._memory, *place)
@@ -5323,7 +5322,7 @@ class _Handle:
             self._memory[at:end] = bytes(end - at)
 
     def _decode(self, copy: bytes) -> CacheEntry:
-        """Return the entry, from what `Index.copy` says of it."""
+        """Return the entry that a copy by `Index.copy` describes."""
         key, prefix, tensor, start, size, created, accessed, count, priority, tokens, layer = read_copy(copy)
         offset = self._geometry.data_offset + start * self._geometry.block_size
         entry = CacheEntry(key, prefix, offset, size, created, accessed, count, priority, tokens, layer)
@@ -5333,16 +5332,16 @@ class _Handle:
             entry.shape = tuple(map(int, shape))
         return entry
 
-    # --- lending -----------------------------------------------------------------------------------------------------
+    # --- views -------------------------------------------------------------------------------------------------------
 
     def _lend(
         self, memory: memoryview, places: Iterable[tuple[int, int]], tokens: Sequence[int]
     ) -> tuple[list[memoryview], memoryview]:
-        """Return (views to hand out, their owner). When their last user has gone, the next call notices and unpins.
+        """Return (views for the caller, their owner). When their last user has gone, the next call unpins.
 
-        All slices of one memoryview count as one buffer, and an array made from a slice holds just that. By way of
-        PickleBuffer (which pickles nothing) the views get a buffer of their own, with another memoryview as its owner:
-        that can be released, or dies, when the views and all that was made from them have gone.
+        All slices of one memoryview count as one buffer, and an array made from a slice holds just that buffer. So a
+        PickleBuffer (which pickles nothing) gives the views a buffer of their own, with another memoryview as its
+        owner. The owner can be released, or dies, when the views and everything made from them have gone.
         """
         try:
             owner = memory[:]
@@ -5355,7 +5354,7 @@ class _Handle:
         return [whole[offset : offset + size] for offset, size in places], owner
 
     def _lend_one(self, memory: memoryview, offset: int, size: int, token: int) -> memoryview:
-        """Return one view to hand out, as `_lend` does."""
+        """Return one view, made as by `_lend`; its owner is its `obj`."""
         owner = memory[offset : offset + size]
         ref = _ViewRef(owner, self._due.append)
         ref.tokens = (token,)
@@ -5363,7 +5362,7 @@ class _Handle:
         return memoryview(PickleBuffer(owner))
 
     def _close_view(self, token: int, view: memoryview, owner: memoryview) -> None:
-        """End a view and its pin; if arrays that were made from it live on, they keep the pin."""
+        """End a view and its pin. Arrays that were made from it, and live on, keep the pin."""
         if not _own_process[0]:
             _adopt_pools()
         try:
@@ -5377,7 +5376,7 @@ class _Handle:
         self._view_refs.pop(token, None)
 
     def _outlast(self, tokens: Sequence[int], owner: memoryview) -> None:
-        """Keep what tokens hold for as long as arrays live that were made from their views."""
+        """Keep all that these tokens hold for as long as arrays made from their views live."""
         with self._mutex:
             if self._closing:
                 self._outlive()
@@ -5386,9 +5385,9 @@ class _Handle:
                 self._array_refs[tokens[0]] = weakref.ref(owner, gone)
 
     def _cut_off(self, tokens: Sequence[int], views: Iterable[memoryview], owner: memoryview) -> None:
-        """Settle what tokens hold after an error at the end of their block, unless arrays live that show it.
+        """Settle all that tokens hold, after an error at the end of their block, unless arrays still show it.
 
-        What a second interrupt keeps from being settled here, the end of `owner` does: see `_lend`.
+        If a second interrupt cuts this short, the end of `owner` settles the rest: see `_lend`.
         """
         if _take_back(views, owner):
             self._due.extend(tokens)
@@ -5397,18 +5396,18 @@ class _Handle:
             self._outlast(tokens, owner)
 
     def _release_pin(self, token: int) -> None:
-        """Unpin from outside the lock, and without it if it can be."""
+        """End a pin: without the lock if it is by the session's word. The caller must not hold the lock."""
         try:
             with self._mutex:  # to the end: another thread that closes the pool must not come in between
                 pins = self._pins
                 if token == pins.named and not self._is_locked:
                     (slot,) = pins.held[token]
-                    before, pins.ending = pins.ending, token  # half a hold, if a callback comes in and settles
+                    before, pins.ending = pins.ending, token  # if a callback settles now, this is half a pin
                     pins.name(0)
                     pins.named = 0  # now: a signal handler may have opened a view just before
-                    _new_lock().acquire()  # looked at last, for it may just become so: see `Index._drop`
+                    _new_lock().acquire()  # the state is read last, as it may just change: see `Index._drop`
                     is_condemned = self._table.state(slot) == CONDEMNED
-                    del pins.held[token]  # now: a signal handler that closed the pool would have unmapped it
+                    del pins.held[token]  # not before: a signal handler that closed the pool would unmap it
                     pins.ending = before
                     if is_condemned:
                         self._locked(Index.free_unread, slot, after_close=True)
@@ -5422,7 +5421,7 @@ class _Handle:
             self._close_if_unused()
 
     def _settle_due(self) -> None:
-        """After an error or interrupt, noted in `_due`: settle what was held, or leave that to the next call."""
+        """Settle everything in `_due` after an error or interrupt. Inside a locked call, leave it to the next call."""
         if self._segment is not None and not self._is_locked:
             self._join()
             if self._closing:
@@ -5438,10 +5437,10 @@ class _Handle:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close the pool, and end its pins; a second call does nothing.
+        """Close this handle and end its pins; a second call does nothing.
 
-        Views that are still in use stay readable, and their entries pinned, until they end. A pool that was not made by
-        `CacheStore.create` disappears with its last handle.
+        Views in use stay readable, and their entries pinned, until they end. A pool that no `CacheStore` made
+        disappears with its last handle. CacheError in a signal handler that has interrupted a call to this handle.
         """
         if not _own_process[0]:
             _adopt_pools()
@@ -5462,9 +5461,9 @@ class _Handle:
                 self._close_if_unused()
 
     def _outlive(self) -> bool:
-        """Let this handle live on until the last of its views is gone; False if none is left, and it must be ended.
+        """Keep this handle until the last of its views has gone; return False if none is left: then it must be ended.
 
-        From now on the end of each view asks whether it was the last one.
+        From now on the end of each view checks if it was the last one.
         """
         for token, ref in list(self._view_refs.items()):
             owner = ref()
@@ -5476,7 +5475,7 @@ class _Handle:
         return self in _lent_out
 
     def __del__(self) -> None:
-        # This may run inside a call to another pool, where waiting for a lock could be for ever: so none is taken.
+        # Takes no lock: this may run inside a call to another pool, where waiting for a lock could last for ever.
         if getattr(self, "_segment", None) is None or sys.is_finalizing():  # then modules may be gone
             return
         self._closing = True
@@ -5486,16 +5485,16 @@ class _Handle:
         for token in self._held.keys() - lent:
             del self._held[token]
         if self._outlive():
-            for name in self.__dict__.keys() - self._own_names:  # a caller's, which may lead back to the views
+            for name in self.__dict__.keys() - self._own_names:  # set by a caller; may lead back to the views
                 del self.__dict__[name]
         else:
             self._end_unlocked()
 
     def _end(self) -> None:
-        """Close at the end of the process. Memory that a daemon thread still uses is left to the kernel.
+        """Close at the end of the process. Leave memory that a daemon thread still uses to the kernel.
 
-        A thread that is stuck in a call is not waited for, nor a process that was stopped while it had the lock. What
-        this handle then holds stays held, and mapped, until the process is dead.
+        Does not wait long for a thread that is stuck in a call, or for a stopped process that has the lock. All that
+        this handle holds then stays held, and mapped, until the process is dead.
         """
         if not _own_process[0]:
             _adopt_pools()
@@ -5518,7 +5517,7 @@ class _Handle:
             self._mutex.release()
 
     def _close_if_unused(self) -> None:
-        """The second half of `close`, once no view and no copy under way needs the memory."""
+        """Do the second half of `close` if no view and no copy under way needs the memory any more."""
         with self._mutex:
             if self._closing and self._segment is not None and not self._is_locked and self._is_unused():
                 self._locked(Index.leave, self._segment.session, after_close=True)
@@ -5531,7 +5530,7 @@ class _Handle:
         return gone.issuperset(list(self._held))
 
     def _end_unlocked(self) -> None:
-        """End the session without a lock: others see from its lock byte that it is over, as they do for the dead."""
+        """End the session without a lock. Others see from its lock byte that it is over, as for a dead process."""
         if _own_process[0]:
             self._shut(wait=False)
         else:
@@ -5553,14 +5552,14 @@ class _Handle:
         _open_pools.discard(self)
 
     def _end_claims(self, claims: Iterable[int]) -> None:
-        """Let others have these lock bytes."""
+        """Unlock these bytes, so that others can claim their keys."""
         for byte in claims:
             with contextlib.suppress(OSError):  # another thread, or a signal handler, has just closed the pool
                 _record_lock(self._mapped.fd, fcntl.F_UNLCK, byte, fcntl.F_OFD_SETLK)
             self._claims.pop(byte, None)
 
     def unlink(self) -> None:
-        """Delete the pool, closed or not; other handles keep what they see until they are closed."""
+        """Delete the pool, also from a closed handle. Other handles keep its memory until they are closed."""
         self._remove_name(wait=True)
 
     def _remove_name(self, wait: bool, only_if_unused: bool = False) -> None:
@@ -5579,7 +5578,7 @@ class _Handle:
                     os.unlink(path)
 
     def _after_fork(self) -> None:
-        """In a forked child: locks and session of our own, and none of the parent's views, pins and writes."""
+        """Give a forked child locks and a session of its own, and none of the parent's views, pins and writes."""
         segment = self._segment
         self._mutex = threading.RLock()
         self._is_locked = False
@@ -5602,7 +5601,7 @@ class _Handle:
 
 
 class _View:
-    """A pinned read-only view of one value."""
+    """Context manager giving a pinned view of one value, read-only unless `is_writable`."""
 
     __slots__ = ("_counts", "_is_writable", "_key", "_owner", "_pool", "_view", "token")
 
@@ -5620,7 +5619,7 @@ class _View:
         try:
             self._view = view = pool._open_view(self._key, token, self._counts, self._is_writable)
             if view is not None:
-                self._owner: Any = view.obj  # which `view`, released inside the block, would not tell any more
+                self._owner: Any = view.obj  # now: a view that is released inside the block has no `obj`
         except BaseException:
             pool._due.append(token)
             pool._settle_due()
@@ -5635,7 +5634,7 @@ class _View:
 
 
 class _TensorView(contextlib.AbstractContextManager[Any]):
-    """A pinned array over one value."""
+    """Context manager giving a pinned array over one value."""
 
     def __init__(self, pool: _Handle, key: bytes, framework: str | None) -> None:
         self._reader = _View(pool, key, is_writable=True)  # torch warns of memory that it can't write to
@@ -5659,7 +5658,7 @@ class _TensorView(contextlib.AbstractContextManager[Any]):
 
 
 class _Peek(contextlib.AbstractContextManager["tuple[bytes, memoryview] | None"]):
-    """A copy of an entry, and its value in place, pinned, without counting a use."""
+    """Context manager giving (copy of an entry, its value in place, pinned); it counts no use."""
 
     def __init__(self, pool: _Handle, key: str) -> None:
         self._reader = _View(pool, encode_key(key), counts=False)
@@ -5694,10 +5693,10 @@ class _PoolReader:
 
 
 class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
-    """A writable view of a value that exists from the clean end of the `with` block on."""
+    """Context manager giving a writable view of a value, which exists from the clean end of the block on."""
 
     def __init__(self, pool: _Handle, key: bytes, size: int, meta: EntryMeta, saved: Saved | None = None) -> None:
-        """`saved`: what a snapshot says of the value, which is filled whole then, so it is not zeroed."""
+        """With `saved`, the value's history in a snapshot, the value is not zeroed: the caller fills it whole."""
         self._pool = pool
         self._key = key
         self._size = size
@@ -5750,20 +5749,20 @@ class _Reservation(contextlib.AbstractContextManager["memoryview | None"]):
 
 
 def _parts(keys: Sequence[_R], length: int) -> Iterator[Sequence[_R]]:
-    """Return a path in parts of so many keys, root first."""
+    """Yield a path in parts of `length` keys, root first."""
     for begin in range(0, len(keys), length):
         yield keys[begin : begin + length]
 
 
 def _parts_from_the_end(uses: Sequence[int], keys: Sequence[bytes]) -> Iterator[tuple[Sequence[int], Sequence[bytes]]]:
-    """Return a path that was found, (uses, keys), in parts, the deepest first; there may be a key more than uses."""
+    """Yield (uses, keys) of each part of a path that was found, deepest part first; there may be one more key."""
     for begin in reversed(range(0, len(keys), ENTRIES_A_STEP)):
         end = begin + ENTRIES_A_STEP
         yield uses[begin:end], keys[begin:end]
 
 
 class _Claimant:
-    """Stands for one thread with one handle, and goes with it."""
+    """Stands for one thread with one handle, and is freed with either of them."""
 
 
 def _claimant_gone(pool_ref: weakref.ref[_Handle], byte: int, ref: weakref.ref[_Claimant]) -> None:
@@ -5779,7 +5778,7 @@ def _claim_byte(key: bytes) -> int:
 
 
 class PathViews(list["memoryview"]):
-    """The values of a path, root first, in place: the pinned memoryviews that `KVCachePool.view_path` gives."""
+    """The values of a path in place, root first: a list of pinned memoryviews, from `KVCachePool.view_path`."""
 
     def __init__(self, pool: _Paths, tokens: Sequence[int]) -> None:
         self._pool = pool
@@ -5787,11 +5786,11 @@ class PathViews(list["memoryview"]):
 
     @functools.cached_property
     def entries(self) -> list[CacheEntry]:
-        """What the pool knows about each value; to be asked for inside the block."""
+        """The CacheEntry of each value. Ask for it inside the block: it takes the lock once for each 256 entries."""
         return [self._pool._decode(copy) for copy in self._copy_entries()[: len(self)]]
 
     def _copy_entries(self) -> list[bytes]:
-        """Return copies of the entries that are pinned, for `read_copy`."""
+        """Return copies of the pinned entries, for `read_copy`."""
         copies: list[bytes] = []
         for token in self._pool._each_part(self._tokens):
             copies += self._pool._locked(Index.describe_held, token)
@@ -5799,11 +5798,11 @@ class PathViews(list["memoryview"]):
 
 
 class _PathReader(contextlib.AbstractContextManager[PathViews]):
-    """Pinned read-only views of the leading run of a path.
+    """Context manager giving pinned read-only views of the leading run of a path.
 
-    A class, for a generator that an exception passes through keeps its frames, and so its views, in a cycle. No loop
-    stands inside a try block here: in CPython 3.12 and 3.13 an interrupt at the jump back of a loop that ends with an
-    `if`, or of a comprehension with one, passes by the handler around it.
+    It is no generator: an exception that passes through a generator keeps its frames, and so its views, in a cycle.
+    No loop stands inside a try block here. In CPython 3.12 and 3.13 a handler misses an interrupt at the jump back of
+    a loop that ends with an `if`, or of a comprehension with one.
     """
 
     def __init__(self, pool: _Paths, keys: list[bytes], verify: bool) -> None:
@@ -5825,7 +5824,7 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
                 places += self._open_long(uses)
             pool._record_path(keys, len(places))
             self._lent, self._owner = pool._lend(pool._mapped.read_only, places, tokens)
-            views += self._lent  # a list of the caller's, who may change it
+            views += self._lent  # the caller gets this list, and may change it
             if self._verify:
                 self._drop_damaged()
         except BaseException:
@@ -5851,7 +5850,7 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
         return places
 
     def _drop_damaged(self) -> None:
-        """Delete the first entry that does not match its checksum; it ends the path."""
+        """Delete the first entry that does not match its checksum, and end the path there. Reads every value."""
         for number, (view, copy) in enumerate(zip(self._views, self._views._copy_entries(), strict=True)):
             checksum = copied_checksum(copy)
             if checksum and zlib.crc32(view) != checksum:
@@ -5869,13 +5868,13 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
             self._pool._close_if_unused()
 
     def _end(self) -> None:
-        """Unpin the values, once no array shows them."""
+        """Unpin the values now, or once no array shows them any more."""
         pool, tokens, owner = self._pool, self._tokens, self._owner
         if not _own_process[0]:
             _adopt_pools()
         if _take_back(self._lent, owner):
             for token in pool._each_part(tokens):  # a lock each
-                if token in pool._held:  # else there was no such part, or it is a forked child's parent's
+                if token in pool._held:  # else there was no such part, or this is a forked child
                     pool._locked(Index.unpin, token, after_close=True)
             pool._view_refs.pop(tokens[0], None)
         else:
@@ -5883,7 +5882,7 @@ class _PathReader(contextlib.AbstractContextManager[PathViews]):
 
 
 class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
-    """Writable views of the values of a path that are missing; they exist from the clean end of the `with` block on."""
+    """Context manager giving writable views of the missing values of a path, which exist from its clean end on."""
 
     def __init__(
         self,
@@ -5914,10 +5913,10 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
             raise
 
     def _open(self) -> list[memoryview | None]:
-        """Reserve what is missing, pin the rest, and return the views."""
+        """Reserve the missing values, pin the others; return a view, or None, for each."""
         pool, keys, sizes, metas, places = self._pool, self._keys, self._sizes, self._metas, self._places
         first = self._token
-        num_new = 0  # of the path that were not there before
+        num_new = 0  # values of the path that were not there before
 
         def reserve() -> list[tuple[int, int] | None]:
             nonlocal num_new
@@ -5958,7 +5957,7 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
             self._pool._close_if_unused()
 
     def _end(self, is_done: bool) -> None:
-        """Commit what was written, or free it; unpin the rest."""
+        """Commit the new values if `is_done`, else free them; unpin the others."""
         pool, owner, first, tokens = self._pool, self._owner, self._token, self._tokens()
         if not _own_process[0]:
             _adopt_pools()
@@ -5985,14 +5984,14 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
             raise InvalidArgumentError("a view of the path was released inside the block: it has no checksum") from None
 
     def _commit(self, checksums: dict[int, int], kept: Container[int]) -> None:
-        """Make what was written entries, token -> CRC-32, and end all pins but those `kept`."""
+        """Commit the new values, `checksums` being token -> CRC-32, and end all pins but those `kept`."""
         tokens, least = range(self._token, self._token + len(self._places)), NO_LEAST
         for some in self._pool._each_part(reversed(list(_parts(tokens, KEYS_A_LOOK)))):
             least = self._pool._locked(Index.commit_path, some, checksums, kept, least, after_close=True)
 
 
 class _Entries(Mapping[str, CacheEntry]):
-    """The entries of a pool as a mapping. Reading it changes neither order nor statistics."""
+    """The entries of a pool as a mapping. Reading it changes neither the order of eviction nor the statistics."""
 
     def __init__(self, pool: KVCachePool) -> None:
         self._pool = pool
@@ -6020,15 +6019,15 @@ class _Entries(Mapping[str, CacheEntry]):
 
 
 class _Paths(_Handle):
-    """The calls of a pool about the blocks of one prompt, root first; a path ends at the first that is missing.
+    """The methods of a pool about the blocks of one prompt, root first; a path ends at the first missing one.
 
-    It is found without the lock; one lock a part pins it, or plans it, or commits it; copies are made outside.
+    A path is found without the lock. Each part is pinned, planned or committed under one lock, and copied outside it.
     """
 
     def count_path(self, keys: Sequence[str]) -> int:
-        """Return how many of these keys are there before the first that is missing; changes nothing.
+        """Return how many of these keys are there, up to the first missing one; change nothing.
 
-        Takes no lock, unless a writer is in the way: some 64 keys each are looked up as of one moment.
+        Takes the lock only if a writer is in the way. Each 64 keys are looked up as of one moment.
         """
         return len(self._find_path(encode_keys(keys)))
 
@@ -6045,7 +6044,7 @@ class _Paths(_Handle):
         return uses
 
     def _find_unlocked(self, keys: Sequence[bytes]) -> list[int] | None:
-        """Do what `_find_path` does, as of one moment, without the lock; None: that takes the lock."""
+        """Return the result of `_find_path`, as of one moment and without the lock; None if that needs the lock."""
         with contextlib.suppress(PoolClosedError, IndexError, ValueError):
             words, find_use = self._words, self._table.find_use
             for _ in UNLOCKED_TRIES:
@@ -6060,24 +6059,24 @@ class _Paths(_Handle):
                     if use <= 0:
                         break
                     uses.append(use)
-                # -1: just being moved or replaced in place, which the words below need not show
+                # -1: being moved or replaced in place just now, which the words below need not show
                 if use >= 0 and not words[DIRTY] and words[CHANGES] == changes:
                     return uses
         return None
 
     def _each_part(self, parts: Iterable[_R]) -> Iterator[_R]:
-        """Return the parts of a path, and let a process that waits for the lock have it between two of them."""
+        """Yield the parts of a path; pause between two of them if a process waits for the lock."""
         for number, part in enumerate(parts):
             if number and self._word(WAITED_FOR):
                 self._give_way()
             yield part
 
     def touch(self, keys: Sequence[str], ends_prompt: bool = False) -> int:
-        """Count a use of the entries of one path, root first, up to the first that is missing; returns how many.
+        """Count a use of each entry of a path, up to the first missing one; return how many were counted.
 
-        Under every policy the deepest goes first when room is needed, and a parent never before its child.
-        `ends_prompt` tells ADAPTIVE that the last one holds the end of a prompt, which is seldom used again. Takes the
-        lock once for 256 keys, some 2 us each.
+        Under every policy the deepest entry is evicted first, and a parent never before its child. `ends_prompt=True`
+        tells the policy adaptive that the last key holds the end of a prompt, which is seldom used again. Takes the
+        lock once for each 256 keys, for about 2 us a key.
         """
         encoded = encode_keys(keys)
         self._check_open()
@@ -6089,23 +6088,23 @@ class _Paths(_Handle):
         return len(uses)
 
     def view_path(self, keys: Sequence[str], *, verify: bool = False) -> contextlib.AbstractContextManager[PathViews]:
-        """Context manager giving read-only memoryviews of a path in place: up to the first key that is missing.
+        """Return a context manager that gives read-only memoryviews of a path in place, up to the first missing key.
 
-        Counts a use of each; the deepest is queued first. The entries are pinned inside the block, and for as long as
-        an array lives that was made from any of the views. `.entries` of the list says what the pool knows about each.
-        `verify`: an entry that has a checksum (see `reserve_path`) and does not match it is deleted, and ends the path.
-        Takes the lock once for 256 keys, some 4 us each.
+        Counts a use of each entry; the deepest is queued first for eviction. The entries are pinned inside the block,
+        and for as long as any array made from the views lives. `.entries` of the list has the CacheEntry of each.
+        `verify=True` compares each value with its checksum, if it has one (see `reserve_path`). An entry that does not
+        match is deleted, and ends the path. Takes the lock once for each 256 keys, for about 4 us a key.
         """
         encoded = encode_keys(keys)
         self._check_open()
         return _PathReader(self, encoded, verify)
 
     def get_path_into(self, keys: Sequence[str], targets: Sequence[Any]) -> int:
-        """Copy the values of a path into writable buffers, up to the first key that is missing; returns how many.
+        """Copy the values of a path into writable buffers, up to the first missing key; return how many were copied.
 
-        Each target must have just the size of its value, or InvalidArgumentError says which has not, and nothing is
-        counted. Counts a use of each value copied. Values are copied without the lock; the target behind the last one
-        may have been written to. Buffers: anything that is C-contiguous and writable, such as a bytearray or an array.
+        A target is any C-contiguous writable buffer, such as a bytearray or an array. It must have exactly the size of
+        its value: InvalidArgumentError names one that has not, and no use is counted. Else a use of each copied value
+        is counted. Values are copied without the lock. Targets after the last copied value may have been written to.
         """
         encoded = encode_keys(keys)
         self._check_open()
@@ -6126,14 +6125,14 @@ class _Paths(_Handle):
         return len(uses)
 
     def _record_path(self, keys: Sequence[bytes], num_there: int) -> None:
-        """Note the accesses of a path that was read, in a pool that keeps them."""
+        """Record the accesses of a path that was read, in a pool that records them."""
         if self._geometry.num_recorded:
             for begin in self._each_part(range(0, len(keys), ENTRIES_A_STEP)):
                 some = keys[begin : begin + ENTRIES_A_STEP]
                 self._locked(Index.record_path, some, max(num_there - begin, 0), not begin)
 
     def _copy_unlocked(self, keys: Sequence[bytes], targets: Sequence[memoryview]) -> list[int]:
-        """Copy values, without the lock, up to the first that can't be; return the uses, none of which is counted."""
+        """Copy values without the lock, up to the first that needs it; return their uses, which are not counted."""
         with contextlib.suppress(PoolClosedError, IndexError, ValueError):
             if self._may_read_unlocked():
                 table, memory = self._table, self._mapped.buffer
@@ -6150,7 +6149,7 @@ class _Paths(_Handle):
         return []
 
     def _copy_pinned(self, key: bytes, target: memoryview) -> int:
-        """Copy one value, without counting a use; return its slot, 0 if there is none."""
+        """Copy one value, without counting a use; return its slot, or 0 if there is none."""
         reader = _View(self, key, counts=False)
         with reader as view:
             if view is None:
@@ -6173,17 +6172,17 @@ class _Paths(_Handle):
         checksums: bool = False,
         **meta: Any,
     ) -> contextlib.AbstractContextManager[list[memoryview | None]]:
-        """Context manager giving a writable memoryview for each value of a path, root first, which exist afterwards.
+        """Return a context manager that gives a writable memoryview for each missing value of a path, root first.
 
-        None stands where a value of that size, dtype and shape is there already; one that differs in them is replaced.
-        The list is shorter where no more can be stored. All of it is pinned inside the block. On a clean exit the new
-        values become entries, the deepest first, in the order of eviction too; on an error nothing is stored. A value
-        of that size, dtype and shape that another process has stored meanwhile stays. The keys must differ.
+        It gives None for a value of that size, dtype and shape that is there already; one that differs is replaced.
+        The list is shorter if no more can be stored. All these values are pinned inside the block. A clean exit makes
+        the new values entries, deepest first, also in the order of eviction. An error stores nothing. A value of that
+        size, dtype and shape that another process has stored meanwhile stays. The keys must differ. `sizes`: bytes.
 
-        Keyword arguments as in `put`, with dtype, shape and framework; `each` has more of them, a dict for each key.
-        `zero=False` spares the zeroing: then write every byte, for what you leave shows old bytes of other entries.
-        `checksums` stores a CRC-32 with each new value, for `view_path(..., verify=True)`. Takes the lock once for 64
-        keys at the start, and again at the end.
+        Keyword arguments are as in `put`, and dtype, shape and framework; `each` has more of them, a dict for each key.
+        `zero=False` skips zeroing: then write every byte, for an unwritten one shows old bytes of other entries.
+        `checksums=True` stores a CRC-32 with each new value, for `view_path(..., verify=True)`. Takes the lock once for
+        each 64 keys at the start, and again at the end.
         """
         encoded = encode_keys(keys)
         self._check_open()
@@ -6206,9 +6205,9 @@ class _Paths(_Handle):
     def put_path(
         self, keys: Sequence[str], values: Sequence[Any], each: Sequence[Mapping[str, Any]] | None = None, **how: Any
     ) -> int:
-        """Store copies of the values of a path that are not there yet; returns how many of the path are there then.
+        """Store copies of the missing values of a path; return how many of its keys, from the root on, are there then.
 
-        Arguments and the rest as for `reserve_path`; values are what `put` takes.
+        Each value is as for `put`; everything else is as for `reserve_path`.
         """
         check_keys(keys)
         check_list("values", values, len(keys))
@@ -6220,13 +6219,12 @@ class _Paths(_Handle):
         return len(targets)
 
     def claim(self, key: str, wait: float = 0.0) -> bool:
-        """Be the one that computes the value of `key`, until `unclaim`; False if another one is, after `wait` seconds.
+        """Claim the work of computing the value of `key`; return False if it is still claimed after `wait` seconds.
 
-        Others that claim the key meanwhile wait, or get False: another process, another handle, or another thread with
-        this one. To a thread that has the claim it is True again, and one `unclaim` ends it; so tasks that share a
-        thread must agree among themselves. A claim holds back nobody who does not ask. It ends with `unclaim`, by any
-        thread, and with its thread, the handle, or the process, killed or not. The key need not be there. Takes none of
-        the pool's locks.
+        A claim excludes claims of that key by other processes, handles and threads; it blocks nothing else. A thread
+        that has the claim gets True again, and one `unclaim` ends it: tasks that share a thread must agree among
+        themselves. A claim ends with `unclaim`, by any thread, or with its thread, handle or process, killed or not.
+        The key need not be there. Takes none of the pool's locks.
         """
         encoded = encode_key(key)
         check_seconds("wait", wait)
@@ -6244,7 +6242,7 @@ class _Paths(_Handle):
             pause = min(2 * pause, 0.01)
 
     def _try_claim(self, byte: int, key: str) -> bool:
-        """Lock the byte of a claim, if nobody else has; return True if this thread has it."""
+        """Lock the byte of a claim if it is free; return True if this thread has the claim."""
         self._check_open()
         claimant = self._this_thread.__dict__.setdefault("claimant", _Claimant())
         ref = self._claims.get(byte)
@@ -6263,7 +6261,7 @@ class _Paths(_Handle):
         return False
 
     def unclaim(self, key: str) -> bool:
-        """End a claim of this handle; False if it has none on that key."""
+        """End a claim of this handle; return False if it has none on that key."""
         byte = _claim_byte(encode_key(key))
         if not _own_process[0]:
             _adopt_pools()
@@ -6278,9 +6276,9 @@ class KVCachePool(_Paths):
     """A pool of KV blocks in memory that every process of the host can open by name.
 
     All methods are safe to call from several threads and processes at once, and may be interrupted or killed at any
-    point. Reads take no lock, so processes read side by side. What changes entries takes the pool's lock for a few
-    microseconds; values of more than 64 KiB are copied outside it. After `fork` the child goes on with locks of its
-    own; views and pins stay the parent's.
+    point. Reads take no lock, so processes read side by side. Methods that change entries take the pool's lock for a
+    few microseconds, and copy values of more than 64 KiB outside it. After `fork` the child has locks of its own. Views
+    and pins stay the parent's.
     """
 
     def __init__(
@@ -6288,8 +6286,8 @@ class KVCachePool(_Paths):
     ) -> None:
         """Open the pool `config.name`, or make one that lives as long as some process has it open.
 
-        PoolNotFoundError if it is not there and `create` is false, PoolMismatchError if its size, tier, policy or block
-        size differ from the config's. `store_path`: the store directory, by default that of `CacheStore()`.
+        PoolNotFoundError if it is not there and `create` is false. PoolMismatchError if its size, tier, policy or block
+        size differ from the config's. `store_path` is the store directory, by default that of `CacheStore()`.
         """
         if not isinstance(config, CachePoolConfig):
             raise InvalidArgumentError(f"config is a {type(config).__name__}, it must be a CachePoolConfig")
@@ -6301,7 +6299,7 @@ class KVCachePool(_Paths):
 
     @classmethod
     def attach(cls, name: str, store_path: str | os.PathLike[str] | None = None) -> KVCachePool:
-        """Open an existing pool; PoolNotFoundError if there is none of that name."""
+        """Return a new handle on an existing pool; PoolNotFoundError if there is none of that name."""
         store = _real_store_path(store_path)
         pool = cls._open(store, name)
         if pool is None:
@@ -6310,7 +6308,7 @@ class KVCachePool(_Paths):
 
     @classmethod
     def _open(cls, store_path: str, name: str, config: CachePoolConfig | None = None, **how: Any) -> KVCachePool | None:
-        """Return a handle on what `_open_segment` finds or makes."""
+        """Return a handle on the segment that `_open_segment` opens or makes, or None."""
         segment = _open_segment(store_path, name, config, **how)
         if segment is None:
             return None
@@ -6320,7 +6318,7 @@ class KVCachePool(_Paths):
 
     @property
     def config(self) -> CachePoolConfig:
-        """How the pool was made, with the policy that it has now."""
+        """The config that the pool was made with, with the eviction policy that it has now."""
         if not (self._segment is None or self._closing or self._is_locked) and self._word(POLICY) != self._policy:
             self._join()
         return self._config
@@ -6333,7 +6331,7 @@ class KVCachePool(_Paths):
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pool sent to another process is opened there by name."""
+        """Pickle the pool's name and store directory: the process that unpickles it opens the pool by them."""
         return KVCachePool.attach, (self.name, self.store_path)
 
     def __repr__(self) -> str:
@@ -6343,17 +6341,16 @@ class KVCachePool(_Paths):
     # --- storing -----------------------------------------------------------------------------------------------------
 
     def put(self, key: str, data: Any, *, if_absent: bool = False, **meta: Any) -> bool:
-        """Store a copy of `data`, any object with the buffer protocol, replacing what is there under `key`.
+        """Store a copy of `data`, any object with the buffer protocol, under `key`; return False if it can't be stored.
 
-        Keyword arguments: prefix_hash, priority, sequence_length, layer_index. False if the value can't be stored, and
-        then nothing has changed: it is larger than the data region, or pins are in the way. (Only where a view of the
-        chosen victim begins at the same moment, an entry may go in vain.) Changes: eviction order, other entries may be
-        evicted. `if_absent`: a value that is there stays as it is, and True says that one is there.
+        Keyword arguments: prefix_hash, priority, sequence_length, layer_index. False means that the value is larger
+        than the data region, or that pins are in the way, and that nothing has changed. (An entry may be evicted in
+        vain only if a view of it begins at the same moment.) Changes the eviction order, and may evict other entries.
+        Waits up to 0.25 s for copies of others. `if_absent=True` keeps an old value, and returns True.
 
-        The old value stays readable until the new one is complete, where there is room for both once all others that
-        nobody pins are evicted. Where there is not, the old value goes first, and none is left if the process is killed
-        or interrupted in the put. Others see no gap when the new value has up to 64 KiB. While a larger one is copied
-        there is none under `key`.
+        An old value stays readable until the new one is complete, if there is space for both once all other unpinned
+        entries are evicted. If there is not, the old value is removed first. Then none is left if the process is killed
+        or interrupted in the put. Others find none while a new value of more than 64 KiB is copied, else see no gap.
         """
         encoded = encode_key(key)
         if type(data) is bytes:
@@ -6397,7 +6394,7 @@ class KVCachePool(_Paths):
         sequence_length: int = 0,
         layer_index: int = 0,
     ) -> CacheEntry | None:
-        """Make an entry of `size` zero bytes, replacing what is there under `key`; None where `put` gives False."""
+        """Store `size` zero bytes under `key`, in place of an old value; return the entry, None where `put` fails."""
         meta = {
             "prefix_hash": prefix_hash,
             "priority": priority,
@@ -6409,12 +6406,12 @@ class KVCachePool(_Paths):
         return self._describe(encode_key(key)) if stored else None
 
     def reserve(self, key: str, size: int, **meta: Any) -> contextlib.AbstractContextManager[memoryview | None]:
-        """Context manager giving a writable memoryview of `size` zero bytes; the entry exists after a clean exit.
+        """Return a context manager that gives a writable memoryview of `size` zero bytes, an entry after a clean exit.
 
-        None instead of a view where `put` gives False. Keyword arguments as in `put`. On an error inside the block
-        nothing is stored. The old value stays readable until the end of the block, and after an error, where there is
-        room for both values as in `put`. Where there is not, it goes at the start of the block, whatever its size, and
-        does not come back. Do not write to arrays made from the view after the block: others read then.
+        It gives None where `put` returns False. Keyword arguments are as in `put`. An error inside the block stores
+        nothing. If there is space for both values, as in `put`, an old value stays readable until the end of the block,
+        and after an error. If there is not, it is removed at the start of the block, whatever its size, and does not
+        come back. After the block do not write to arrays made from the view: others read them then.
         """
         self._check_open()
         encoded = encode_key(key)
@@ -6424,7 +6421,7 @@ class KVCachePool(_Paths):
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> bytes | None:
-        """Return a copy of the value, None if there is none. Changes: eviction order, use count, statistics."""
+        """Return a copy of the value, or None. Changes the eviction order, the use count and the statistics."""
         encoded = encode_key(key)
         try:
             for _ in UNLOCKED_TRIES:
@@ -6457,9 +6454,9 @@ class KVCachePool(_Paths):
         return found
 
     def _look_up(self, key: bytes) -> tuple[int, int]:
-        """(slot or 0, CHANGES for which that is true), without the lock; (0, -1) if that can't be told without it.
+        """Return (slot or 0, the CHANGES for which that is true) without the lock; (0, -1) if that needs the lock.
 
-        `_count_unlocked` does the same for a path; `in` by way of it would take half as long again.
+        `_find_unlocked` does the same for a path, but would make `in` take half as long again.
         """
         try:
             words = self._words
@@ -6474,10 +6471,10 @@ class KVCachePool(_Paths):
         return 0, -1
 
     def recorded_requests(self) -> tuple[list[list[int]], dict[int, int], float]:
-        """Return (requests, blocks of each key, hit rate) of the last accesses, oldest first; keys are digests.
+        """Return (requests, blocks of each key, hit rate) of the recorded accesses, oldest first; keys are digests.
 
-        A request is one `get` or `view`, or one path that is read, root first. A key that was never there
-        counts one block. Empty for a pool that was not made to record.
+        A request is one `get` or `view`, or one path that was read, root first. A key that was never there counts one
+        block. Empty for a pool that was not made to record. Copies the record, 16 bytes an access, under the lock.
         """
         ring = self._locked(Index.recorded)
         requests: list[list[int]] = []
@@ -6492,19 +6489,19 @@ class KVCachePool(_Paths):
         return requests, blocks, hits / max(len(ring) // 2, 1)
 
     def view(self, key: str) -> contextlib.AbstractContextManager[memoryview | None]:
-        """Context manager giving a read-only memoryview of the value in place, None on a miss.
+        """Return a context manager that gives a read-only memoryview of the value in place, or None on a miss.
 
         The entry is pinned inside the block: neither evicted, moved nor overwritten. A numpy array made from the view
-        keeps it so for as long as the array lives. Otherwise changes the same as `get`.
+        keeps the pin for as long as it lives. Counts and changes the same as `get`.
         """
         if self._closing or self._segment is None:
             self._check_open()
         return _View(self, encode_key(key))
 
     def pin(self, key: str) -> bool:
-        """Keep the value that is there now from being evicted or moved until `unpin` or `close`; False if none is.
+        """Keep the value under `key` from being evicted or moved until `unpin` or `close`; False if none is there.
 
-        Pins add up. A value that is replaced or deleted while pinned is gone for everybody; its blocks follow.
+        Each `pin` needs its own `unpin`. A pinned value can be replaced or deleted; its blocks are freed once unpinned.
         """
         encoded = encode_key(key)
         token = next(self._tokens)
@@ -6520,7 +6517,7 @@ class KVCachePool(_Paths):
             raise
 
     def unpin(self, key: str) -> bool:
-        """End one `pin` of this handle; False if it has none on that key."""
+        """End one `pin` of this handle; return False if it has none on that key."""
         encoded = encode_key(key)
         if not _own_process[0]:
             _adopt_pools()
@@ -6539,11 +6536,11 @@ class KVCachePool(_Paths):
     # --- tensors -----------------------------------------------------------------------------------------------------
 
     def put_tensor(self, key: str, tensor: Any, **meta: Any) -> bool:
-        """`put` for a numpy array or a torch tensor in main memory; dtype and shape are kept, in snapshots too.
+        """Store a numpy array, or a torch tensor in main memory, as `put` does; snapshots keep dtype and shape too.
 
-        Takes any dtype that both safetensors and the library have: bf16, all fp8, fp4 (pairs, as torch keeps them) and
-        complex64 among them. Copied once, or twice if it is not contiguous, conjugated or negated by a flag, or of the
-        other byte order.
+        Takes any dtype that safetensors and the array's library both have, such as bf16, all fp8, fp4 (in pairs, as in
+        torch) and complex64; InvalidArgumentError for others. Copies the values once. Copies them twice if they are not
+        contiguous, are conjugated or negated by a flag, or have the other byte order.
         """
         framework, dtype, shape, data = tensor_parts(tensor)
         encoded = encode_key(key)
@@ -6552,9 +6549,9 @@ class KVCachePool(_Paths):
         return self._store(encoded, data, data.nbytes, checked)
 
     def get_tensor(self, key: str, framework: str | None = None) -> Any:
-        """Return a copy of a value as what was stored, a numpy array or a torch tensor; None on a miss.
+        """Return a copy of a value, as the numpy array or torch tensor that was stored; None on a miss.
 
-        `framework`: "numpy" or "torch" to get that instead. A value stored as plain bytes comes as one dimension of U8.
+        `framework` "numpy" or "torch" asks for that one. Plain bytes come as one dimension of unsigned 8-bit numbers.
         """
         with self.view_tensor(key, framework) as tensor:
             if tensor is None:
@@ -6562,10 +6559,9 @@ class KVCachePool(_Paths):
             return tensor.clone() if hasattr(tensor, "clone") else tensor.copy()
 
     def view_tensor(self, key: str, framework: str | None = None) -> contextlib.AbstractContextManager[Any]:
-        """Context manager giving a value in place, as `get_tensor` gives a copy; None on a miss.
+        """Return a context manager that gives a value in place, as the array of `get_tensor`; None on a miss.
 
-        The entry is pinned inside the block, and for as long as the array or tensor lives. Read-only: numpy enforces
-        that. torch can't.
+        The entry is pinned inside the block and while the array lives. Do not write to it: only numpy prevents it.
         """
         self._check_open()
         if framework is not None and framework not in ("numpy", "torch"):
@@ -6575,18 +6571,18 @@ class KVCachePool(_Paths):
     # --- removing ----------------------------------------------------------------------------------------------------
 
     def delete(self, key: str) -> bool:
-        """Remove an entry; False if there is none. Readers of it at that moment may finish."""
+        """Remove an entry; return False if there is none. Views of it stay valid until they end."""
         return self._locked(Index.delete, encode_key(key))
 
     def clear(self) -> int:
-        """Remove all entries; returns how many. Statistics stay.
+        """Remove all entries; return how many. Statistics stay.
 
-        Works in steps, between which others get the lock: an entry that is put meanwhile may stay.
+        Works in steps, between which others get the lock. So an entry that is put meanwhile may stay.
         """
         return len(self._sweep(Index.remove))
 
     def evict(self, percent: float) -> int:
-        """Evict that share of the entries (0 to 100, rounded down to whole entries) in policy order; returns how many.
+        """Evict `percent` of the entries (0 to 100, rounded down to whole entries) in policy order; return how many.
 
         Pinned entries are passed over. Works in steps, between which others get the lock.
         """
@@ -6604,7 +6600,7 @@ class KVCachePool(_Paths):
 
     @property
     def entries(self) -> Mapping[str, CacheEntry]:
-        """All entries, key -> CacheEntry; `len` and `in` cost the same for any number of entries."""
+        """All entries: a mapping key -> CacheEntry. `len` and `in` take constant time; iteration scans all in steps."""
         self._check_open()
         return _Entries(self)
 
@@ -6626,9 +6622,9 @@ class KVCachePool(_Paths):
         return True  # an empty pool is still a pool
 
     def peek(self, key: str) -> CacheEntry | None:
-        """Return what the pool knows about an entry, None if there is none; counts nothing and changes nothing.
+        """Return the CacheEntry under `key`, or None; count nothing and change nothing.
 
-        Takes no lock, unless uses by others have yet to be counted, or a writer is in the way.
+        Takes the lock only if uses by others have yet to be counted, or a writer is in the way.
         """
         self._check_open()
         encoded = encode_key(key)
@@ -6647,8 +6643,8 @@ class KVCachePool(_Paths):
     def find_by_prefix(self, prefix_hash: str) -> list[CacheEntry]:
         """Return the entries stored with that prefix hash, oldest first.
 
-        Cost: their number, not the pool's, up to some hundred; beyond that, or for the prefix hash "", a pass over all
-        entries in steps, between which others get the lock.
+        The cost grows with their number, up to some hundred. Beyond that, or for the prefix hash "", it scans all
+        entries, in steps, between which others get the lock.
         """
         prefix = _encode_prefix(prefix_hash)
 
@@ -6661,7 +6657,7 @@ class KVCachePool(_Paths):
         return sorted((self._decode(copy) for copy in found if copy), key=lambda entry: entry.created_at)
 
     def count_by_prefix(self, prefix_hash: str) -> int:
-        """Return how many entries were stored with that prefix hash. Cost and steps as for `find_by_prefix`."""
+        """Return how many entries were stored with that prefix hash. The cost is that of `find_by_prefix`."""
         prefix = _encode_prefix(prefix_hash)
         found = self._locked(Index.describe_prefix, prefix)
         if found is not None:
@@ -6673,19 +6669,19 @@ class KVCachePool(_Paths):
         return self._decode(copy) if copy else None
 
     def _describe_all(self) -> list[CacheEntry]:
-        """Return all entries, next victim first; noted in steps, between which others get the lock."""
+        """Return all entries, next victim first: a scan in steps, between which others get the lock."""
         return list(map(self._decode, self._copy_all()))
 
     def _copy_all(self) -> list[bytes]:
-        """Copies of all entries, for `_decode`, next victim first; made in steps, between which others get the lock."""
+        """Return copies of all entries, for `_decode`, next victim first: a scan in steps, as for `_sweep`."""
         copies = self._sweep(Index.copy)
         note_of, waste = self._locked(Index.how_to_order)
         return in_victim_order([(note_of(*COPY_ORDER.unpack_from(copy)), copy) for copy in copies], waste)
 
     def can_allocate(self, size: int) -> bool:
-        """Return True if `allocate` of so many bytes would succeed now, evicting others if need be.
+        """Return True if `allocate` of `size` bytes would succeed now, evicting other entries if need be.
 
-        Works in steps, between which others get the lock.
+        Scans all entries, in steps, between which others get the lock.
         """
         num_blocks = self._geometry.blocks_for(check_int("size", size, 0))
         need_slot = self._locked(Index.needs_slot)
@@ -6697,9 +6693,9 @@ class KVCachePool(_Paths):
         return not need_slot and widest_section(fixed, self._geometry.num_blocks) >= num_blocks
 
     def get_stats(self) -> dict[str, Any]:
-        """Size, use, hits and more; see the README for every key. Reclaims what dead processes left.
+        """Return a dict of sizes (in bytes), use, hits and more; docs/api.md explains every key.
 
-        The pinned entries are counted in steps, between which others get the lock.
+        Reclaims leftovers of dead processes. Scans all entries for pins, in steps, between which others get the lock.
         """
         self._settle_dead()
         stats, geometry = self._locked(Index.stats), self._geometry
@@ -6718,13 +6714,13 @@ class KVCachePool(_Paths):
     # --- the policy --------------------------------------------------------------------------------------------------
 
     def set_eviction_policy(self, policy: EvictionPolicy | str) -> None:
-        """Go by another policy from now on, in every process that has the pool open; no entry is lost.
+        """Change the eviction policy, in every process that has the pool open; no entry is lost.
 
-        The order is made from the entries' last use, use count and priority; under fifo, what is there keeps the order
-        of last use, so that no prefix loses its head before its tail. "adaptive:0.4/0.3/0.3" sets the weights of
-        `configure_adaptive`; any call without weights undoes them. InvalidArgumentError for a policy that is none;
-        StorageError, and nothing changes, if there is no room for the ghosts of adaptive, 384 bytes a slot. Holds the
-        lock: about 4 us an entry.
+        The new order follows the entries' last use, use count and priority. Under fifo the present entries keep the
+        order of last use, so that no prefix loses its head before its tail. "adaptive:0.4/0.3/0.3" sets the weights of
+        `configure_adaptive`; a call without weights removes them. InvalidArgumentError for an unknown policy.
+        StorageError, with nothing changed, without space for the ghosts of adaptive, 384 bytes a slot. Holds the lock
+        throughout: about 4 us an entry.
         """
         policy, weights = split_policy(policy)
         with self._mutex:  # no other thread closes the segment meanwhile
@@ -6734,10 +6730,10 @@ class KVCachePool(_Paths):
         self._join()
 
     def configure_adaptive(self, weights: Mapping[str, float] | None) -> None:
-        """Let adaptive go by fixed weights, in every process: `recency_weight`, `frequency_weight`, `size_weight`.
+        """Give adaptive fixed weights, in every process: `recency_weight`, `frequency_weight`, `size_weight`.
 
-        Missing weights are 0; weights are normalised to sum to 1. None: by reuse gaps again, as at first.
-        InvalidArgumentError for other names or values, or while the policy is another one.
+        Missing weights are 0; weights are normalised to sum to 1. None goes back to reuse gaps, the default.
+        InvalidArgumentError for other names or values, or while the pool has another policy.
         """
         policy = self._locked(Index.configure_adaptive, pack_weights(weights))
         if policy is not EvictionPolicy.ADAPTIVE:
@@ -6748,15 +6744,15 @@ class KVCachePool(_Paths):
     # --- care --------------------------------------------------------------------------------------------------------
 
     def check(self, fix: bool = False) -> list[str]:
-        """Compare everything derived with the records; the problems found, none in a sound pool.
+        """Compare all derived data with the records; return the problems found, none for a sound pool.
 
-        With `fix` all of it is rebuilt, and records that can't be right are dropped. What dead processes left is
+        `fix=True` rebuilds all derived data, and removes records that can't be right. Leftovers of dead processes are
         reclaimed first. Holds the lock throughout: about a second for 100,000 entries.
         """
         return self._locked(Index.check, fix)
 
     def defragment(self) -> int:
-        """Move entries that nobody uses together, so that free blocks are too; returns how many entries moved.
+        """Move entries that are not in use together, so that free blocks lie together; return how many were moved.
 
         Works in steps of up to 4 MiB, or one larger entry, between which others get the lock.
         """
@@ -6773,23 +6769,23 @@ class KVCachePool(_Paths):
 
     @property
     def default_snapshot_path(self) -> str:
-        """Where `persist` writes when it is given no path."""
+        """The path that `persist` writes to by default."""
         given = self._config.persist_path
         return _expand_user(given) if given else os.path.join(self.store_path, self.name + SNAPSHOT_SUFFIX)
 
     def persist(self, path: str | os.PathLike[str] | None = None, progress: Progress | None = None) -> bool:
-        """Write all entries to a safetensors file, which is replaced whole or not at all; True when it is on the disk.
+        """Write all entries to a safetensors file, replaced whole or not at all; return True when it is on the disk.
 
-        A symbolic link at `path` is replaced by the file, the link's target stays as it is. Its directory is made if it
-        is not there.
-        Others go on meanwhile: each entry is pinned while it is copied; one that goes away before that is left out.
-        StorageError if the file can't be written. `progress` is called with (bytes done, bytes in all).
+        The default path is `default_snapshot_path`. A missing directory is made. A symbolic link at `path` is replaced
+        by the file; its target stays as it is. Others use the pool meanwhile. Each entry is pinned while it is copied,
+        and left out if it is removed before. StorageError if the file can't be written. `progress` is called with
+        (bytes done, bytes in all).
         """
         self._persist(check_path(path) if path is not None else self.default_snapshot_path, progress)
         return True
 
     def _persist(self, path: str, progress: Progress | None) -> int:
-        """Do what `persist` does; returns how many entries were written."""
+        """Write a snapshot as `persist` does; return how many entries were written."""
         parent = os.path.dirname(os.path.abspath(path))
         with _os_errors(f"make the directory {parent}"):
             os.makedirs(parent, exist_ok=True)
@@ -6812,13 +6808,14 @@ class KVCachePool(_Paths):
         progress: Progress | None = None,
         **changes: Any,
     ) -> KVCachePool | None:
-        """Open the pool that a snapshot was taken of, or make it as the constructor does, and put the entries in.
+        """Restore a snapshot into its pool, which is opened, or made as by the constructor; return the pool.
 
-        None if there is no such file. CorruptionError if it is damaged, before anything has changed (a pool that was
-        made for it is removed); with `salvage` what is intact is taken. Entries that are there under the same keys are
-        replaced, others stay. `name` and `changes` (size_bytes, tier, ...) override the config in the snapshot for a
-        pool that is made. A safetensors file of another program goes into a pool named after the file. Where not all
-        entries fit, those that the policy would evict first are left out.
+        Returns None if there is no such file. CorruptionError if it is damaged, before anything has changed: a pool
+        made for it is removed. `salvage=True` takes the intact entries instead. Entries under the same keys are
+        replaced, others stay. `name` chooses another pool. `changes` (size_bytes, tier, ...) override the snapshot's
+        config for a pool that is made; PoolMismatchError if a pool is there with another size, tier, policy or block
+        size. A safetensors file of another program goes into a pool named after the file. If not all entries fit, those
+        that the policy would evict first are left out. `progress` is called with (bytes done, bytes in all).
         """
         found = restore_snapshot(check_path(path), _real_store_path(store_path), True, name, changes, salvage, progress)
         return found[0] if found else None
@@ -6834,7 +6831,7 @@ def _encode_prefix(prefix_hash: str) -> bytes:
 
 
 def _take_back(views: Iterable[memoryview], owner: memoryview) -> bool:
-    """Release views made by `_lend`, and what they show; False if arrays made from them live on."""
+    """Release views made by `_lend`, and their owner; return False if arrays made from them live on."""
     is_unused = True
     for view in (*views, owner):
         try:
@@ -6844,14 +6841,14 @@ def _take_back(views: Iterable[memoryview], owner: memoryview) -> bool:
     return is_unused
 
 
-# A buffer format (PEP 3118) without objects and pointers: O, P, &, X{} for functions, z and Z for text elsewhere. A
+# A buffer format (PEP 3118) without objects and pointers: O, P, &, X{} for functions, z and Z for text in ctypes. A
 # name stands between colons and may hold any letter. Zf, Zd and Zg are complex numbers.
 _NUMBER_FORMATS = frozenset("?bBhHiIlLqQefd")  # the usual ones, which need no closer look
 _PLAIN_FORMAT = re.compile(r"(?:(?:[^:OPXzZ&]|Z[fdg])(?::[^:]*:)?)*")
 
 
 def as_bytes(data: Any) -> memoryview:
-    """Return a flat view of the bytes of any C-contiguous buffer; of others a copy."""
+    """Return a memoryview of a C-contiguous buffer; of any other buffer, a memoryview of a copy of its bytes."""
     try:
         view = memoryview(data)
     except (TypeError, ValueError, BufferError) as error:
@@ -6870,7 +6867,7 @@ def as_bytes(data: Any) -> memoryview:
 
 
 def copy_all(pairs: Sequence[tuple[memoryview, memoryview]]) -> None:
-    """Copy the second of each pair into the first, of one size each; large ones on several threads, without the GIL."""
+    """Copy the second of each pair into the first, of equal size; large ones on several threads, without the GIL."""
     num_threads = min(os.cpu_count() or 1, MAX_COPIERS, len(pairs))
     total = sum(len(target) for target, _ in pairs)
     if num_threads < 2 or total < max(PARALLEL_COPY, PARALLEL_PIECE * len(pairs)):
@@ -6917,7 +6914,7 @@ _DTYPE_NAMES = {safetensors: name for name, safetensors in _TORCH_DTYPES.items()
 
 
 def _library(name: str) -> Any:
-    """Return a library that is an extra; UnsupportedError if it is not installed."""
+    """Return an optional library; UnsupportedError if it is not installed."""
     try:
         return __import__(name)
     except ImportError as error:
@@ -6927,7 +6924,7 @@ def _library(name: str) -> Any:
 
 
 def tensor_parts(tensor: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
-    """(framework, safetensors dtype, shape, bytes) of a numpy array or torch tensor; the bytes are not copied."""
+    """Return (framework, safetensors dtype, shape, bytes) of an array or tensor, without a copy where possible."""
     if hasattr(tensor, "untyped_storage"):
         torch = _library("torch")
         name = str(tensor.dtype).removeprefix("torch.")
@@ -6948,7 +6945,7 @@ def tensor_parts(tensor: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
             shape = (*shape[:-1], 2 * shape[-1])
         try:
             dense = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous()
-            flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)  # strides of 1 are whatever they are
+            flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)  # a size of 1 may have any stride
             return "torch", dtype, shape, memoryview(flat.numpy())
         except RuntimeError as error:  # a stand-in for a tensor, as inside torch.vmap
             raise InvalidArgumentError(f"this {type(tensor).__name__} has no bytes of its own ({error})") from None
@@ -6970,7 +6967,7 @@ def tensor_parts(tensor: Any) -> tuple[str, str, tuple[int, ...], memoryview]:
 
 
 def _torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a tensor of torch's own dtype `name`; an error if this torch has no such tensor."""
+    """Return the shape of a tensor of torch's own dtype `name`; raise an error if this torch has no such tensor."""
     torch = _library("torch")
     if not hasattr(torch, name):
         raise UnsupportedError(f"torch {torch.__version__} has no {name}: update torch, or use `view` for the bytes")
@@ -6986,8 +6983,8 @@ def _torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: str, is_writable: bool = False) -> Any:
     """Return an array over `view`: of torch if `framework` says so, or if numpy lacks the dtype; else of numpy.
 
-    It keeps the view's memory in use for as long as it lives. For torch, which knows no read-only memory and warns of
-    it, the view must be writable; an array of numpy is so only if `is_writable` says so.
+    The array keeps the view's memory in use for as long as it lives. For torch the view must be writable: torch has no
+    read-only memory, and warns of it. An array of numpy is writable only if `is_writable` is true.
     """
     if not dtype:
         dtype, shape = "U8", (len(view),)
@@ -7010,7 +7007,7 @@ def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: s
 
 
 def _restore_order(config: CachePoolConfig, snapshot: Snapshot, items: list[SnapshotEntry]) -> list[SnapshotEntry]:
-    """First what the policy of a pool would evict first, so that where room is short the right ones stay."""
+    """Return the items in the order of eviction of a pool's policy, so that the right ones stay if space is short."""
     policy = EvictionPolicy(config.eviction_policy)
     if snapshot.config is not None and snapshot.config.eviction_policy == policy.value:
         return items  # in that order already
@@ -7019,13 +7016,13 @@ def _restore_order(config: CachePoolConfig, snapshot: Snapshot, items: list[Snap
     def turn(item: SnapshotEntry) -> tuple[int, float, int]:
         entry = item.entry
         recency = entry.created_at if is_fifo else entry.last_accessed
-        return rank(entry.access_count, entry.priority), recency, -entry.sequence_length  # deep in a path, soon
+        return rank(entry.access_count, entry.priority), recency, -entry.sequence_length  # deeper first
 
     return sorted(items, key=turn)
 
 
 def _that_fit(config: CachePoolConfig, items: list[SnapshotEntry]) -> list[SnapshotEntry]:
-    """Of these, first victim first, what an empty pool would keep in the end."""
+    """Return the items that an empty pool would keep in the end; both lists are in the order of eviction."""
     geometry = Geometry.of(config)
     room = geometry.num_blocks
     kept: list[SnapshotEntry] = []
@@ -7041,7 +7038,7 @@ def _that_fit(config: CachePoolConfig, items: list[SnapshotEntry]) -> list[Snaps
 
 
 def _restore_entry(pool: KVCachePool, snapshot: Snapshot, item: SnapshotEntry) -> bool:
-    """Store one value of a snapshot; False if it does not fit."""
+    """Store one value of a snapshot; return False if it does not fit."""
     entry = item.entry
     saved = Saved(entry.access_count, entry.created_at, entry.last_accessed, item.crc32 or 0)
     with _Reservation(pool, encode_key(entry.key), entry.size, snapshot_meta(entry), saved) as target:
@@ -7059,7 +7056,7 @@ def restore_snapshot(
     salvage: bool,
     progress: Progress | None,
 ) -> tuple[KVCachePool, int, int] | None:
-    """(pool, entries restored, entries that the file describes); None if there is no such file. See `restore`."""
+    """Do what `restore` does; return (pool, entries restored, entries in the file), None if there is no such file."""
     try:
         snapshot = Snapshot(path, salvage)
     except FileNotFoundError:
@@ -7096,7 +7093,7 @@ def restore_snapshot(
             items = _restore_order(pool.config, snapshot, intact)
             if made:
                 items = _that_fit(pool.config, items)
-            # A pool of our own is verified as it is filled, and goes away if need be.
+            # A pool that this call has made is verified as it is filled, and removed if the file is damaged.
             if not salvage and not (made and len(items) == len(intact)):
                 snapshot.verify(progress=progress)
             stored, done, total = [], 0, sum(item.entry.size for item in items)
@@ -7118,7 +7115,7 @@ def restore_snapshot(
 
 @atexit.register
 def _end_all() -> None:
-    """Close all pools at the end of the process, transient ones with their last process."""
+    """Close all pools at the end of the process. Transient pools are removed with their last process."""
     print_error = threading.excepthook
 
     def hide_closed(args: threading.ExceptHookArgs) -> None:
@@ -7140,7 +7137,7 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_parent() -> None:
-    if threading.get_ident() in _forking:  # else an extension calls this hook without the one before it
+    if threading.get_ident() in _forking:  # else an extension calls this hook without `_before_fork`
         _forking.discard(threading.get_ident())
         with contextlib.suppress(RuntimeError):
             _no_fork.release()
@@ -7164,12 +7161,12 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, 
 def model_fingerprint(path: str | os.PathLike[str]) -> str:
     """Return a namespace for `PrefixCache` from a model on disk: a digest of its files, names and contents.
 
-    `path` is one file such as a GGUF, or a directory. All its files count but hidden ones, in sub-directories too, also
-    in those that a symlink leads to. Symlinks that lead nowhere do not count, nor do pipes, sockets and devices.
-    Every byte is read, at 1 to 2 GB/s for each of four threads: a fine-tune may differ from its base in one layer only.
-    Where that takes too long, make up a namespace of your own. Add the dtype that the model runs in, if it may differ.
+    `path` is one file, such as a GGUF, or a directory. All files in it and its sub-directories count, and those that
+    symlinks lead to. Hidden names do not count, nor do symlinks that lead nowhere, pipes, sockets and devices. Four
+    threads read every byte, at 1 to 2 GB/s each: a fine-tune may differ from its base in one layer only. If that takes
+    too long, make up a namespace of your own. Add the dtype that the model runs in, if it may differ.
     InvalidArgumentError if there is no file, or if a symlink leads to a directory that holds the model among other
-    files. StorageError if something can't be read.
+    files. StorageError if a file can't be read.
     """
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path  # here, like `array` below: each takes longer to import than `cortex` to open a pool
@@ -7198,8 +7195,8 @@ def model_fingerprint(path: str | os.PathLike[str]) -> str:
 def _model_files(root: str) -> dict[str, str]:
     """Return the path of each file below `root` by its name there; hidden names do not count, symlinks are followed.
 
-    A symlink to a directory on the way to itself is a loop: it adds no file, so it is passed over. One that leads above
-    `root` would make all that lies there a part of the model: InvalidArgumentError.
+    A symlink to a directory on the way to itself is a loop. It adds no file, so it is passed over. A symlink that leads
+    above `root` would make all files there a part of the model: InvalidArgumentError.
     """
 
     def identify(directory: str) -> tuple[int, int]:
@@ -7243,7 +7240,7 @@ def _model_files(root: str) -> dict[str, str]:
 
 
 def _framed(data: bytes) -> bytes:
-    """Return the bytes behind their length, so that no two sequences of them run together into the same bytes."""
+    """Return the length of some bytes and the bytes, so that different sequences of them never join to the same."""
     return struct.pack("<Q", len(data)) + data
 
 
@@ -7253,7 +7250,7 @@ def _is_text(text: object) -> bool:
 
 
 def _token_bytes(tokens: Any) -> bytes:
-    """Token ids as 32-bit little-endian words."""
+    """Return token ids as 32-bit little-endian words."""
     import array
 
     if hasattr(tokens, "detach"):  # torch
@@ -7284,19 +7281,19 @@ def _token_bytes(tokens: Any) -> bytes:
 
 
 class PrefixCache:
-    """The KV of token prefixes in a pool, in blocks of `block_size` tokens, found again by any process.
+    """The KV of token prefixes in a pool, in blocks of `block_size` tokens, which any process finds again.
 
-    The hash of a block covers the hash of the block before it: an equal hash means an equal whole prefix. Blocks of one
-    prefix are shared by all prompts that begin with it. `namespace` names the weights (`model_fingerprint`): the KV of
-    another model, block size or salt is never found. `salt` keeps tenants apart, who could otherwise tell from the time
-    an answer takes what others have asked (CVE-2025-46570). With `verify`, blocks are stored with a CRC-32, and one
-    that does not match it when loaded is dropped and counts as missing.
+    The hash of a block covers the hash of the block before it: an equal hash means an equal whole prefix. All prompts
+    that begin with a prefix share its blocks. `namespace` names the weights (`model_fingerprint`): the KV of another
+    model, block size or salt is never found. `salt` keeps tenants apart. Without it, the time of an answer shows a
+    tenant which prompts others have asked (CVE-2025-46570). With `verify`, blocks are stored with a CRC-32. A block
+    that does not match it when loaded is deleted and counts as missing.
 
-    `extra`, a text or a list of texts, names what else the whole KV depends on: the dtype, an adapter, a rank of tensor
-    or pipeline parallelism, a soft prompt. `block_extra={block number: text}` names what a block depends on beside its
-    tokens, such as the digest of an image or a sound whose placeholder tokens lie in it. Blocks after it need no text
-    of their own. Name every block that holds some of the placeholders, for a prompt may be cut between two of them.
-    `for_model` sees to adapters, dtype and rope scaling by itself.
+    `extra`, a text or a list of texts, names everything else that the whole KV depends on: the dtype, an adapter, a
+    rank of tensor or pipeline parallelism, a soft prompt. `block_extra={block number: text}` names anything else that
+    one block depends on, such as the digest of an image or a sound whose placeholder tokens lie in it. Blocks after it
+    need no text of their own. Name every block that holds some of the placeholders, for a prompt may be cut between two
+    of them. `for_model` handles adapters, dtype and rope scaling by itself.
 
     Hashes (SHA-256, hex): root = H(frame("cortex-prefix-1") frame(namespace) frame(salt) block_size), where frame(x) is
     the length of x as 8 bytes, then x; block = H(hash of the parent, 32 bytes; token ids, 4 bytes each). All integers
@@ -7309,7 +7306,7 @@ class PrefixCache:
     467ba64ac03c60176484b49f3381457aea1a82d8fa4618041183b28bfa796f30
     30e2f8232066a5c6eea840a2f73b763a9c5c4fa7bfbb98e2cc6b1c1c837a3a26
 
-    Statistics are those of this object; the pool has its own. Methods may be called from several threads.
+    Statistics count the calls of this object; the pool has its own. Methods may be called from several threads.
     """
 
     _model: Any = None
@@ -7354,10 +7351,10 @@ class PrefixCache:
         self._lock = threading.Lock()
         names = ("tokens_requested", "tokens_hit", "blocks_stored", "blocks_shared", "bytes_saved")
         self._counts = dict.fromkeys(names, 0)
-        self._claims: dict[str, float] = {}  # block that we compute -> until when others are to wait for it
+        self._claims: dict[str, float] = {}  # block that we compute -> time until which others may wait for it
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Sent to another process, its pool is opened there by name; statistics begin anew."""
+        """Pickle the arguments: the process that unpickles them opens the pool by name, with new statistics."""
         return functools.partial(PrefixCache, self.pool, **self._made_of), ()
 
     @classmethod
@@ -7372,21 +7369,21 @@ class PrefixCache:
         verify: bool = False,
         extra: str | Sequence[str] = "",
     ) -> PrefixCache:
-        """Return a cache that looks at a transformers model whenever it hashes tokens, to store, load or match.
+        """Return a `PrefixCache` that examines a transformers model whenever it hashes tokens to store, load or match.
 
-        The KV is found again only while the model is as it was: dtype and autocast; config, with rope and attention
-        implementation; adapters of peft, by their config, state and weights; a sample of all other weights, which
-        shows merged adapters and shards, but `namespace` names them. Longrope: prompts on each side of its
-        original length are told apart. Call `store` before the model computes another prompt.
+        It finds KV again only if these are as they were: dtype and autocast; config, with rope and attention
+        implementation; adapters of peft, by config, state and weights; a sample of all other weights. The sample shows
+        merged adapters and shards, but `namespace` names the weights. Longrope prompts up to the original length and
+        beyond it are kept apart. Call `store` before the model computes another prompt.
 
-        What can't be told apart is refused (UnsupportedError): virtual tokens, dropout, dynamic NTK rope beyond its
-        original length, longrope beyond it outside the Phi family (whose `generate` begins anew there), attention in
-        both directions, placeholders of images and sounds that `block_extra` does not name. A prompt that can't be
-        cached for its length or placeholders is a miss for `load` and `match`.
+        UnsupportedError for all that can't be distinguished: virtual tokens, dropout, attention in both directions,
+        placeholders of images and sounds that `block_extra` does not name. The same holds beyond the original length
+        for dynamic NTK rope, and for longrope outside the Phi family (whose `generate` begins anew there). For `load`
+        and `match`, a prompt that can't be cached because of its length or placeholders is a miss.
 
-        What only a call sees must be named in `extra` or `block_extra`: images, `adapter_names=`, embeddings, hooks,
+        Name in `extra` or `block_extra` all that only a call has: images, `adapter_names=`, embeddings, hooks,
         positions that do not count from 0. A look costs some milliseconds: it visits every module. Adapter weights are
-        digested whole, once; later looks add them up, so that they are read at memory speed.
+        digested whole, once. Later looks sum them up, at memory speed.
         """
         return _ModelPrefixCache(
             pool, model, namespace=namespace, block_size=block_size, salt=salt, verify=verify, extra=extra
@@ -7399,9 +7396,9 @@ class PrefixCache:
     ) -> list[str]:
         """Return the hash of each full block, root first. Tokens: list, tuple, numpy array or torch tensor of ids.
 
-        ValueError for ids that are negative or beyond 32 bits. The same in every process, platform and Python.
+        ValueError for ids that are negative or beyond 32 bits. The hashes are the same on every platform and Python.
         `block_extra` may name the partial last block, to no effect, but none after it. `length` is the number of tokens
-        of the whole prompt (default: these), which counts where rope scaling depends on it: see `for_model`.
+        of the whole prompt (default: of these). It matters if rope scaling depends on it: see `for_model`.
         """
         data = _token_bytes(tokens)
         num_tokens = len(data) // 4
@@ -7424,7 +7421,7 @@ class PrefixCache:
         return hashes
 
     def _framed_texts(self, block_extra: Mapping[int, str] | None, num_tokens: int) -> dict[int, bytes]:
-        """Check `block_extra` for a prompt of so many tokens; return the bytes that each block's hash gets."""
+        """Check `block_extra` for a prompt of `num_tokens`; return block number -> bytes that its hash also covers."""
         if block_extra is None:
             return {}
         if not isinstance(block_extra, Mapping):
@@ -7443,7 +7440,7 @@ class PrefixCache:
         return named
 
     def _root_with(self, context: bytes) -> bytes:
-        """Return the hash before the first block, where the KV depends on this context (b"": on none)."""
+        """Return the hash before the first block, for KV that depends on this context (b"": on none)."""
         named = self._named
         if self._extra or context:
             named += _framed(self._extra)
@@ -7454,28 +7451,28 @@ class PrefixCache:
         return self._root
 
     def _find_hashes(self, tokens: Any, block_extra: Mapping[int, str] | None, length: int | None) -> list[str]:
-        """Return the hashes to look for: none if the KV of this prompt can't be cached."""
+        """Return the hashes to look for, an empty list if the KV of this prompt can't be cached."""
         try:
             return self.compute_block_hashes(tokens, block_extra=block_extra, length=length)
         except _NotCacheableError:
             return []
 
     def match(self, tokens: Any, *, block_extra: Mapping[int, str] | None = None, length: int | None = None) -> int:
-        """Return how many of these tokens are cached, as a leading run of whole blocks. Changes nothing."""
+        """Return how many of these tokens are cached, as a leading run of whole blocks; change nothing."""
         return self.pool.count_path(self._find_hashes(tokens, block_extra, length)) * self.block_size
 
     def lookup(self, hashes: Sequence[str]) -> tuple[list[Any], int]:
-        """Return (copies of the blocks of the leading run that is there, how many tokens they cover)."""
+        """Return (copies of the leading blocks that are there, how many tokens they cover)."""
         with self.pool.view_path(hashes, verify=self.verify) as views:
             blocks = [_copy_block(view, entry) for view, entry in zip(views, views.entries, strict=True)]
         self._count(tokens_requested=len(hashes) * self.block_size, tokens_hit=len(blocks) * self.block_size)
         return blocks, len(blocks) * self.block_size
 
     def insert(self, hashes: Sequence[str], blocks: Sequence[Any], priority: int = 0) -> int:
-        """Store a block for each hash that is not there yet; returns how many were stored.
+        """Store the block of each hash that is not there yet; return how many were stored.
 
-        A block is bytes, a numpy array, a torch tensor, or a dict, list, str or number, which comes back as from JSON.
-        Stops at the first that does not fit.
+        A block is bytes, a numpy array, a torch tensor, or a dict, list, str or number, which is kept as JSON. Stops at
+        the first block that does not fit.
         """
         check_keys(hashes)
         check_list("blocks", blocks, len(hashes))
@@ -7494,7 +7491,7 @@ class PrefixCache:
         write: Callable[[int, memoryview], None],
         priority: int,
     ) -> int:
-        """Store the blocks that are missing: (size, dtype, shape, framework) of each; `write` fills one."""
+        """Store the missing blocks: `kinds` has (size, dtype, shape, framework) of each, `write` fills one."""
         sizes = [size for size, _, _, _ in kinds]
         each = [
             {"dtype": dtype, "shape": shape, "framework": framework, "sequence_length": number * self.block_size}
@@ -7524,14 +7521,14 @@ class PrefixCache:
         block_extra: Mapping[int, str] | Sequence[Mapping[int, str] | None] | None = None,
         generated: bool = False,
     ) -> int:
-        """Store the KV of `tokens` in full blocks, as far as they are not there yet; returns how many were stored.
+        """Store the KV of `tokens` in full blocks, those that are missing; return how many were stored.
 
-        `kv` is a `DynamicCache` of transformers, with one row of tokens for each row of its batch, none of them padded
-        on the left; or an array of numpy or torch of shape (layers, 2, heads, tokens, head size). It may hold fewer
-        tokens. A `DynamicCache` that holds more is refused: the others may be virtual tokens in front.
-        `generated=True` says that they come after `tokens`. Arrays may hold more, but for `for_model`.
-        `block_extra` of a batch is a list, one for each row. UnsupportedError for layers that do not keep the KV of
-        every token.
+        `kv` is a `DynamicCache` of transformers, or an array of numpy or torch of shape (layers, 2, heads, tokens, head
+        size). A `DynamicCache` needs one row of `tokens` for each row of its batch, none padded on the left. `kv` may
+        hold fewer tokens. An array may hold more. InvalidArgumentError for a `DynamicCache` that holds more, and with
+        `for_model` for an array: the others may be virtual tokens in front. `generated=True` says that they come after
+        `tokens`. For a batch `block_extra` is a list, one for each row. UnsupportedError for layers that do not keep
+        the KV of every token.
         """
         if not isinstance(generated, bool):
             raise InvalidArgumentError(f"generated {_show(generated)} must be True or False")
@@ -7578,10 +7575,10 @@ class PrefixCache:
         return self._insert(hashes, [(size, dtype, shape, framework)] * len(hashes), write, priority)
 
     def _check_dtype(self, dtype: Any) -> None:
-        """UnsupportedError if the model that this cache looks at does not compute KV of this dtype."""
+        """Raise UnsupportedError if the model of this cache does not compute KV of this dtype."""
 
     def _hashes_to_store(self, tokens: Any, block_extra: Any, length: int, may_be_longer: bool) -> list[str]:
-        """Return the hashes of the full blocks that a KV of `length` tokens holds, of these tokens."""
+        """Return the hashes of the full blocks of these tokens that a KV of `length` tokens holds."""
         data = _token_bytes(tokens)
         num_tokens = len(data) // 4
         if length > num_tokens and not may_be_longer:
@@ -7620,14 +7617,14 @@ class PrefixCache:
     ) -> tuple[Any, int]:
         """Return (KV of the longest cached prefix of `tokens`, how many tokens it covers); (None, 0) if there is none.
 
-        It comes as what was stored: pass a `DynamicCache` to `generate(ids, past_key_values=kv)`. It is a fresh one for
-        each call, for generate changes it; for `batch_size` prompts that begin with these tokens it is one copy.
-        It never covers all of `tokens`: the model must see the last one to go on from it. Blocks of another dtype or
-        layer shape than the first end the run. `length`: see `compute_block_hashes`; of several prompts the longest.
+        The KV has the type that was stored. Pass a `DynamicCache` to `generate(ids, past_key_values=kv)`. Each call
+        returns a fresh one, as generate changes it. `batch_size` prompts that begin with these tokens share one copy.
+        The KV never covers all of `tokens`: the model must see the last one to go on. A block of another dtype or layer
+        shape than the first ends the prefix. `length`: see `compute_block_hashes`; that of the longest of the prompts.
 
-        `wait`: up to so many seconds, wait for another one that is computing what is missing, so that of several that
-        ask for one prompt at once just one computes it. Where nobody is, this call makes you that one: others wait
-        until you `store` the KV, or `abandon` it, or end (a kill counts), or have held them up for `wait` seconds.
+        `wait` (seconds): just one of several callers that ask for one prompt at once computes it. If another one is
+        computing the missing KV, this call waits that long for it. If none is, it returns, and its caller must compute.
+        Others wait until it calls `store` or `abandon`, ends or is killed, or has held them up for `wait` seconds.
         """
         check_int("batch_size", batch_size, 1)
         check_seconds("wait", wait)
@@ -7652,7 +7649,7 @@ class PrefixCache:
         return kv, num_tokens
 
     def _await(self, hashes: Sequence[str], wait: float) -> None:
-        """Wait while another one computes the first block that is missing; where nobody does, become that one."""
+        """Wait while another caller computes the first missing block. If none does, claim it."""
         pool, until = self.pool, time.monotonic() + wait
         self._unclaim(())
         while (there := pool.count_path(hashes)) < len(hashes):
@@ -7666,7 +7663,7 @@ class PrefixCache:
                 return
 
     def _unclaim(self, hashes: Collection[str]) -> None:
-        """Let others have the claims on these blocks, and those that have held them up for long."""
+        """End our claims on these blocks, and those whose time is over."""
         if not self._claims:
             return
         now, wanted = time.monotonic(), frozenset(hashes)
@@ -7678,11 +7675,11 @@ class PrefixCache:
             self.pool.unclaim(key)
 
     def abandon(self, tokens: Any, *, block_extra: Mapping[int, str] | None = None, length: int | None = None) -> None:
-        """Say that the KV of these tokens will not be stored after all: others that wait for it in `load` go on."""
+        """Give up computing the KV of these tokens: callers that wait for it in `load` go on."""
         self._unclaim(self._find_hashes(tokens, block_extra, length))
 
     def _check_length_is_known(self) -> None:
-        """UnsupportedError if the KV of a prefix depends on the length of the prompts that begin with it."""
+        """Raise UnsupportedError if the KV of a prefix depends on the length of the prompts that begin with it."""
 
     def warm(
         self,
@@ -7692,9 +7689,9 @@ class PrefixCache:
         *,
         block_extra: Callable[[Any], Mapping[int, str] | None] | Mapping[int, str] | None = None,
     ) -> int:
-        """Store the KV, `compute(tokens)`, of prompts that are not cached yet; returns how many were computed.
+        """Store the KV, `compute(tokens)`, of each prompt that is not cached yet; return how many were computed.
 
-        `block_extra` is that of every prompt, or a function that is called with its tokens.
+        `block_extra` is that of every prompt, or a function that returns it for the tokens of one.
         """
         if not isinstance(prompts, Iterable) or not callable(compute):
             raise InvalidArgumentError(
@@ -7709,8 +7706,11 @@ class PrefixCache:
         return computed
 
     def get_stats(self) -> dict[str, Any]:
-        """What this object did: tokens_requested, tokens_hit, hit_rate (of tokens), blocks_stored, blocks_shared (found
-        stored already), bytes_saved (by sharing); and blocks, those of this namespace in the pool now."""
+        """Return a dict of counts of this object's calls, and `blocks`: the blocks of this namespace in the pool now.
+
+        tokens_requested, tokens_hit, hit_rate (of tokens), blocks_stored, blocks_shared (found there already),
+        bytes_saved (by sharing). The cost is that of `KVCachePool.count_by_prefix`.
+        """
         with self._lock:
             counts = dict(self._counts)
         requested = counts["tokens_requested"]
@@ -7724,21 +7724,21 @@ class PrefixCache:
 
 
 class _NotCacheableError(UnsupportedError):
-    """The KV of this prompt depends on what can't be told; that of other prompts of the model does not."""
+    """The KV of this prompt can't be distinguished from other KV; that of other prompts of the model can."""
 
 
-# Rope scaling that is the same for every length of prompt. Others are refused, but for dynamic NTK and longrope.
+# Rope scaling that is the same for every length of prompt. Of the others, all but dynamic NTK and longrope are refused.
 _FIXED_ROPES = ("default", "linear", "yarn", "llama3", "proportional", "mrope", "axial")
-# Their `generate` computes a prompt anew when it grows beyond the original length: one set of longrope factors in all.
+# Their `generate` computes a prompt anew when it grows beyond the original length, so its KV has one set of factors.
 _LONGROPE_MODELS = ("phi3", "phimoe", "phi4_multimodal")
 _ORIGINAL = "original_max_position_embeddings"
 _PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
-# What a config says of names, outputs and generation, not of KV. The dtype is that of the weights.
+# Keys of a config about names, outputs and generation: KV does not depend on them. The dtype is that of the weights.
 _NOT_OF_KV = re.compile(
     r"_name_or_path|transformers_version|architectures|auto_map|dtype|torch_dtype|use_cache|return_dict|output_\w+|"
     r"id2label|label2id|problem_type|\w+_token_id|base_model_name_or_path|revision|inference_mode|peft_version"
 )
-_NUM_SAMPLES = 16  # values of each weight that are looked at, each time; the least that a merged adapter can't miss
+_NUM_SAMPLES = 16  # values of each weight that are read at each look; the fewest that always show a merged adapter
 
 
 class _ModelPrefixCache(PrefixCache):
@@ -7749,7 +7749,7 @@ class _ModelPrefixCache(PrefixCache):
         if not hasattr(model, "named_modules") or not hasattr(getattr(model, "config", None), "to_dict"):
             raise InvalidArgumentError(f"model is a {type(model).__name__}, it must be a model of transformers or peft")
         self._model = model
-        # Of each adapter weight, by its id: (it, its version, the sum of its bits, their digest).
+        # By the id of each adapter weight: (reference to it, its version, the sum of its bits, their digest).
         self._digests: dict[int, tuple[weakref.ref[Any], int, int, bytes]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -7782,7 +7782,7 @@ class _ModelPrefixCache(PrefixCache):
         return self._root_with(digest.digest())
 
     def _check_placeholders(self, data: bytes, named: Mapping[int, bytes], parts: Sequence[Mapping[str, Any]]) -> None:
-        """_NotCacheableError if a full block holds a placeholder of an image or a sound and has no text."""
+        """Raise _NotCacheableError if a full block without a text holds a placeholder of an image or a sound."""
         holders = {
             value: key
             for part in parts
@@ -7815,7 +7815,7 @@ class _ModelPrefixCache(PrefixCache):
             )
 
     def _autocast(self) -> tuple[str, Any]:
-        """Return what autocast does to the model now, as text, and the dtype that it computes in, or None."""
+        """Return (the model's autocast now, as text, the dtype that it computes in); ("", None) if there is none."""
         torch = _library("torch")
         device = next((tensor.device.type for tensor in self._model.parameters()), "cpu")
         if device == "meta" or not torch.is_autocast_enabled(device):
@@ -7824,7 +7824,7 @@ class _ModelPrefixCache(PrefixCache):
         return f"autocast to {dtype}", dtype
 
     def _weights_digest(self) -> bytes:
-        """Return a digest of all weights, adapters in use whole and others by a sample, and of the adapters' state."""
+        """Return a digest of the adapters' state and all weights: adapters in use as a whole, others by a sample."""
         digest, sampled = hashlib.sha256(), []
         configs: Mapping[str, Any] = {}
         used: set[str] = set()
@@ -7851,7 +7851,7 @@ class _ModelPrefixCache(PrefixCache):
                     digest.update(_framed(text.encode()))
             tensors = [*module._parameters.items()]
             unsaved = module._non_persistent_buffers_set
-            # Other buffers that are not saved are made as the model goes, such as those of rope for a long prompt.
+            # The model makes other buffers that are not saved as it runs, such as those of rope for a long prompt.
             tensors += [(n, t) for n, t in module._buffers.items() if n not in unsaved or _is_rope(module, n)]
             for name, tensor in tensors:
                 if tensor is None or _is_idle(way, name, idle):
@@ -7880,7 +7880,7 @@ class _ModelPrefixCache(PrefixCache):
     def _digest(self, tensor: Any) -> bytes:
         """Return the digest of a tensor's bytes: kept for as long as its version and the sum of its bits stay.
 
-        The version alone misses what is written through `tensor.data`.
+        The version alone does not show writes through `tensor.data`.
         """
         torch = _library("torch")
         if tensor.device.type == "meta":
@@ -7908,14 +7908,14 @@ def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _of_kv(config: Any) -> Any:
-    """Return a config without what says nothing of KV."""
+    """Return a config without the keys that KV does not depend on."""
     if isinstance(config, Mapping):
         return {str(key): _of_kv(value) for key, value in config.items() if not _NOT_OF_KV.fullmatch(str(key))}
     return config
 
 
 def _plain(value: object) -> Any:
-    """Return what JSON takes for a value of a config that it does not take."""
+    """Return a value that JSON can hold in place of a config's value that it can't."""
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
@@ -7957,7 +7957,7 @@ def _has_grown(model: Any) -> bool:
 
 
 def _check_causal(model: Any, parts: Iterable[Mapping[str, Any]]) -> None:
-    """UnsupportedError if KV depends on what comes after its token, or on virtual tokens in front."""
+    """Raise UnsupportedError if KV depends on anything after its token, or on virtual tokens in front."""
     for part in parts:
         both = part.get("use_bidirectional_attention") in (True, "all") or part.get("model_type") == "paligemma"
         if both or part.get("is_encoder_decoder") is True:
@@ -7975,7 +7975,7 @@ def _check_causal(model: Any, parts: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _check_no_dropout(module: Any) -> None:
-    """UnsupportedError if the module drops values at random."""
+    """Raise UnsupportedError if the module drops values at random."""
     if not module.training:
         return
     told = vars(module)  # not getattr: a module takes long to say that it has no such attribute
@@ -8052,9 +8052,9 @@ def _copy_block(view: memoryview, entry: CacheEntry) -> Any:
 
 
 def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tuple[int, ...], num_tokens: int) -> Any:
-    """One array of `num_tokens` tokens from blocks of shape (layers, 2, heads, block size, head size): one copy.
+    """Return one array of `num_tokens` tokens from blocks of shape (layers, 2, heads, block size, head size).
 
-    The copy is numpy's, of plain words, whatever the dtype: it lets other threads run, so some share a large one.
+    numpy copies plain words, once, whatever the dtype. Other threads can run meanwhile, so some share a large copy.
     """
     numpy, name = _library("numpy"), _DTYPE_NAMES.get(dtype)
     if name is None:
@@ -8064,8 +8064,8 @@ def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tup
     word = f"u{max(DTYPE_BITS[dtype] // 8, 1)}"
     whole = (*shape[:3], num_tokens, shape[4])
     if framework == "numpy":
-        # On a cache line, as torch's start. numpy's own start 16 bytes into a page and the blocks at one: processors
-        # that compare only the low 12 bits of loads with those of stores before them then stall (94 MB: 48 ms, not 22).
+        # Starts on a cache line, as torch's do. Arrays of numpy start 16 bytes into a page, the blocks at one. Then
+        # processors stall that compare only the low 12 bits of loads and earlier stores (94 MB: 48 ms, not 22).
         size = tensor_bytes(dtype, whole)
         room = numpy.empty(size + 63, numpy.uint8)
         skip = -room.ctypes.data % 64
@@ -8098,7 +8098,7 @@ def _join_blocks(views: list[memoryview], framework: str, dtype: str, shape: tup
 
 
 def _dense_layers(cache: Any) -> list[tuple[Any, Any]]:
-    """(keys, values) of each layer of a transformers cache; UnsupportedError if a layer does not keep every token."""
+    """Return (keys, values) of each layer of a cache; UnsupportedError if a layer does not keep every token."""
     dense = _library("transformers").cache_utils.DynamicLayer
     layers = []
     for number, layer in enumerate(cache.layers):
@@ -8134,14 +8134,14 @@ def _dynamic_cache(kv: Any, batch_size: int) -> Any:
 
 
 class CacheStore:
-    """The pools of one store directory. Keeps nothing in memory: the segments themselves are the list."""
+    """The pools of one store directory. It keeps nothing in memory: the segments themselves are the list."""
 
     def __init__(self, store_path: str | os.PathLike[str] | None = None) -> None:
-        """`store_path`: by default `$CORTEX_CACHE_DIR` or ~/.config/cortex/kv_cache; made when a pool is created."""
+        """Use `store_path` (default: `$CORTEX_CACHE_DIR`, or ~/.config/cortex/kv_cache); `create` makes it."""
         self.store_path = _real_store_path(store_path)
 
     def create(self, config: CachePoolConfig, progress: Progress | None = None) -> KVCachePool:
-        """Make a pool that stays until it is deleted (tier cpu: or until a reboot). PoolExistsError if it is there."""
+        """Make a pool that stays until it is deleted (tier cpu: or until a reboot); PoolExistsError if it is there."""
         if not isinstance(config, CachePoolConfig):
             raise InvalidArgumentError(f"config is a {type(config).__name__}, it must be a CachePoolConfig")
         pool = KVCachePool._open(self.store_path, config.name, config, create=True, exclusive=True, progress=progress)
@@ -8149,13 +8149,13 @@ class CacheStore:
         return pool
 
     def get(self, name: str) -> KVCachePool | None:
-        """Return a new handle on the pool of that name, None if there is none."""
+        """Return a new handle on the pool of that name, or None."""
         return KVCachePool._open(self.store_path, name)
 
     def delete(self, name: str) -> bool:
-        """Delete a pool, a damaged one too; False if there is none. Open handles keep it until they are closed.
+        """Delete a pool, a damaged one too; return False if there is none. Open handles keep it until they are closed.
 
-        A pool that is being made is waited for and then deleted.
+        If a process is making the pool, this waits for it and then deletes the pool.
         """
         check_name(name)
 
@@ -8173,7 +8173,7 @@ class CacheStore:
         return found
 
     def list(self) -> builtins.list[str]:
-        """Return the names of the pools, sorted; damaged ones too. Never waits; pools being made are not there yet."""
+        """Return the names of all pools, sorted, damaged ones too. Never waits. Pools being made are left out."""
         found: set[str] = set()
         if os.path.isdir(self.store_path):
             with _os_errors(f"list the pools of {self.store_path}"):
@@ -8193,24 +8193,24 @@ class CacheStore:
         progress: Progress | None = None,
         **changes: Any,
     ) -> KVCachePool | None:
-        """`KVCachePool.restore` into this store; a pool that is made stays until it is deleted."""
+        """Restore a snapshot as `KVCachePool.restore` does; a pool that is made stays until it is deleted."""
         found = restore_snapshot(check_path(path), self.store_path, False, name, changes, salvage, progress)
         return found[0] if found else None
 
     @staticmethod
     def prune(force: bool = False) -> builtins.list[str]:
-        """Remove shared memory that nobody can use any more; returns the names of the segments.
+        """Remove shared memory that no process can use any more; return the names of the removed segments.
 
-        That is what killed processes left of transient pools and of pools being made. With `force` also durable pools
-        that nobody has open and whose store directory is not there. Mind that another container may see it. Others
-        stay, damaged ones too.
+        These are leftovers of killed processes: transient pools, and pools being made. `force=True` also removes
+        durable pools that no process has open and whose store directory is not there. Mind that another container may
+        see that directory. All others stay, damaged ones too.
         """
         with _os_errors(f"prune {SHM_DIR}"):
             return _remove_leftovers(SHM_DIR, force)[0]
 
 
 def _is_there(path: str) -> bool:
-    """Return True if a pool is at `path`; never waits. What dead processes left is removed."""
+    """Return True if a pool is at `path`; never waits. Removes leftovers of dead processes."""
     try:
         header = read_header(path)
         if header is not None and (not header.transient or _somebody_has_open(path)):
@@ -8232,11 +8232,11 @@ OPTIMUM = "optimum"  # Belady's, which knows the future: a bound, not a policy
 
 
 def read_trace(path: str | os.PathLike[str]) -> list[list[int]]:
-    """The requests of a trace, each the blocks of a prompt, root first. JSON lines, gzipped if the name ends in .gz.
+    """Return the requests of a trace, each the blocks of a prompt, root first.
 
-    Either as Mooncake has them, objects with `hash_ids`; or lists [milliseconds, input tokens, output tokens, parent
-    block, number of new blocks], where blocks are numbered in order of first use and a request has the path to
-    the parent (-1: none), then the new ones. CorruptionError names the line that is neither.
+    The file has JSON lines, gzipped if its name ends in .gz. A line is an object with `hash_ids`, as Mooncake has it,
+    or a list [milliseconds, input tokens, output tokens, parent block, number of new blocks]. A list is a request for
+    the path to the parent (-1: none), then new blocks, numbered by first use. CorruptionError names a bad line.
     """
     parents: list[int] = []
     requests: list[list[int]] = []
@@ -8285,17 +8285,17 @@ def replay(
     blocks: Mapping[int, int] | None = None,
     as_pool: bool = False,
 ) -> tuple[int, int]:
-    """(hits, usable hits) in block accesses, of a cache for `capacity` blocks, empty at first, that serves requests.
+    """Return (hits, usable hits), in block accesses, of a cache for `capacity` blocks, empty at first.
 
     A hit is usable when all blocks before it in its request are hits too. Every request is stored whole, its deepest
-    block queued first; then victims go until the rest fits. The order is an `EvictionOrder`, as in a pool.
-    `policy` may be "optimum" (Belady's) or have weights, "adaptive:0.4/0.3/0.3" for recency, frequency and size. What
-    a request names takes one block, or as many as `blocks` says; then the optimum is not one, only good.
+    block queued first; then victims are evicted until the rest fits. The order is an `EvictionOrder`, as in a pool.
+    `policy` may be "optimum" (Belady's) or have weights, "adaptive:0.4/0.3/0.3" for recency, frequency and size. Each
+    key takes one block, or its number in `blocks`; then the optimum is only a good policy, not the best.
 
-    On a trace, what a request has just stored may be the first to go, and ADAPTIVE is told that the last block of a
-    request ends a prompt: traces count the partial last block, which is seldom used again. `as_pool`, for recordings:
-    it stays as long as it can, as in a pool, a request of one block is a `get`, which fifo does not count, and no block
-    ends a prompt, for `PrefixCache` stores full blocks only.
+    On a trace, blocks that a request has just stored may be evicted first. The last block of a request ends a prompt
+    for ADAPTIVE: traces count the partial last block, which is seldom used again. `as_pool` is for recordings: blocks
+    just stored stay as long as they can, as in a pool. A request of one block is a `get`, which fifo does not count.
+    No block ends a prompt, as `PrefixCache` stores full blocks only.
     """
     capacity = check_int("capacity", capacity, 1)
     requests = list(requests)
@@ -8351,7 +8351,7 @@ def replay(
 
 
 def _replay_optimum(requests: Sequence[Sequence[int]], capacity: int, blocks: Mapping[int, int]) -> tuple[int, int]:
-    """Return the same with the blocks that are next used last as victims (Belady, 1966)."""
+    """Return the same if the victims are the blocks whose next use is farthest away (Belady, 1966)."""
     never = len(requests)
     next_use: list[list[int]] = []
     seen: dict[int, int] = {}
@@ -8402,18 +8402,18 @@ class _ProgressLine:
 
 
 def _out(text: str) -> None:
-    """Data, to stdout."""
+    """Write data to stdout."""
     sys.stdout.write(text + "\n")
 
 
 def _say(text: str) -> None:
-    """A message, to stderr."""
-    with contextlib.suppress(OSError):  # nobody can hear it; what was done is done
+    """Write a message to stderr."""
+    with contextlib.suppress(OSError):  # nobody can read it, but the command has done its work
         sys.stderr.write(text + "\n")
 
 
 def _print_table(rows: list[list[str]]) -> None:
-    """Columns as wide as they need to be, the first one flush left."""
+    """Print columns as wide as they need to be, the first one flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
@@ -8430,16 +8430,16 @@ def _plural(count: int, noun: str, nouns: str = "") -> str:
 
 
 class KVCacheCLI:
-    """Run the commands of `cortex cache`: one method each takes the parsed arguments and returns the exit code.
+    """The commands of `cortex cache`: the method of a command takes the parsed arguments and returns the exit code.
 
-    `build_parser` says in a line each what they do: docstrings would be missing under `python -OO`.
+    `build_parser` describes each in one line: docstrings would be missing under `python -OO`.
     """
 
     def __init__(self, store_path: str | None = None) -> None:
         self._store_path = store_path
 
     def __getattr__(self, name: str) -> CacheStore:
-        """Make `store` when a command first needs it: some do without, and work without a home directory."""
+        """Make `store` when a command first needs it. Commands that don't need it work without a home directory."""
         if name != "store":
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         self.store = CacheStore(self._store_path)
@@ -8473,7 +8473,7 @@ class KVCacheCLI:
             try:
                 with self._open(name) as pool:
                     stats = pool.get_stats()
-                stats["attached_pids"].remove(os.getpid())  # the others are what is of interest
+                stats["attached_pids"].remove(os.getpid())  # show other processes only
                 found.append(stats)
             except PoolNotFoundError:
                 if args.name:  # else it has just been deleted
@@ -8564,7 +8564,7 @@ class KVCacheCLI:
 
     @staticmethod
     def _read(file: str, limit: int) -> bytearray:
-        """Return a file or standard input, just over `limit` bytes at most; in pieces, so that Ctrl-C gets through."""
+        """Read a file or standard input, just over `limit` bytes at most; in pieces, so that Ctrl-C gets through."""
         data = bytearray()
         with _os_errors(f"read {file!r}"), contextlib.ExitStack() as stack:
             source: Any = sys.stdin.buffer if file == "-" else stack.enter_context(open(file, "rb"))
@@ -8625,7 +8625,7 @@ class KVCacheCLI:
         return EXIT_DONE
 
     def _snapshot_path(self, path_or_name: str) -> str:
-        """Return a file of that name, or the default snapshot of a pool of that name."""
+        """Return the path of a file of that name, or the default snapshot path of a pool of that name."""
         if os.path.exists(path_or_name) or not _NAME.fullmatch(path_or_name):
             return path_or_name
         with contextlib.suppress(CacheError), self._open(path_or_name) as pool:
@@ -8751,7 +8751,7 @@ class KVCacheCLI:
 
 
 def _print_chart(rows: Sequence[Mapping[str, Any]], sizes: Sequence[str], policies: Sequence[str]) -> None:
-    """Bars of usable hit ratios."""
+    """Print bars of the usable hit ratios."""
     most = max(row["usable_hit_rate"] for row in rows) or 1.0
     width = max(map(len, policies))
     for size in sizes:
@@ -8763,7 +8763,7 @@ def _print_chart(rows: Sequence[Mapping[str, Any]], sizes: Sequence[str], polici
 
 
 def _write_plot(rows: Sequence[Mapping[str, Any]], sizes: Sequence[str], policies: Sequence[str], path: str) -> bool:
-    """Draw the usable hit ratios over the sizes, in a file whose name says its format; False without matplotlib."""
+    """Draw the usable hit ratios over the sizes, in the format that `path` ends in; return False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -8800,7 +8800,7 @@ def _share_of(text: str, unique: int) -> int:
 
 
 def _printable(text: str) -> str:
-    """Text that can't upset a terminal."""
+    """Return a text with its unprintable characters escaped, so that it can't upset a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -8813,7 +8813,7 @@ def _demo_payload(number: int) -> bytes:
 
 
 def _demo_reader(store_path: str, numbers: list[int]) -> tuple[float, int]:
-    """Read blocks that another process has put: (seconds, blocks with wrong bytes)."""
+    """Read blocks that another process has put; return (seconds, blocks with wrong bytes)."""
     seconds, wrong = 0.0, 0
     with KVCachePool.attach("demo", store_path) as pool:
         for number in numbers:
@@ -8923,7 +8923,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the argument parser of `cortex cache`."""
     import argparse
 
-    width = 80  # what argparse would find out too, by way of imports that take longer than all the rest
+    width = 80  # argparse would find it too, by imports that take longer than everything else
     with contextlib.suppress(ValueError, OSError, AttributeError):
         width = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
     look: Any = functools.partial(argparse.HelpFormatter, width=width - 2)
@@ -8944,7 +8944,7 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     def pool_options(sub: argparse.ArgumentParser, size_needed: bool) -> None:
-        sub.add_argument("--size", required=size_needed, help="header, bitmap and data, such as 16G or 512M")
+        sub.add_argument("--size", required=size_needed, help="bytes of header, bitmap and data, such as 16G or 512M")
         sub.add_argument(
             "--tier", choices=["cpu", "nvme", "gpu"], help="cpu: shared memory (default); nvme: a mapped file"
         )
@@ -8985,18 +8985,18 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("path", metavar="PATH|NAME")
     sub.add_argument("--name", help="name of the pool (default: the one in the snapshot)")
     pool_options(sub, False)
-    sub.add_argument("--salvage", action="store_true", help="take what is intact of a damaged file")
-    sub = command("configure", "go by another eviction policy from now on")
+    sub.add_argument("--salvage", action="store_true", help="take the intact entries of a damaged file")
+    sub = command("configure", "change the eviction policy of a pool")
     sub.add_argument("name", metavar="NAME")
     policy_help = "see `policies`; adaptive:0.4/0.3/0.3 for fixed weights of recency, frequency and size"
     sub.add_argument("--policy", required=True, metavar="P", help=policy_help)
-    sub = command("check", "compare all of a pool's metadata, mend it with --fix", json_too=True)
+    sub = command("check", "compare all of a pool's metadata, repair it with --fix", json_too=True)
     sub.add_argument("name", metavar="NAME")
-    sub.add_argument("--fix", action="store_true", help="rebuild what is derived, drop records that can't be right")
+    sub.add_argument("--fix", action="store_true", help="rebuild derived data, remove records that can't be right")
     sub = command("delete", "delete a pool and all it holds")
     sub.add_argument("name", metavar="NAME")
-    sub = command("prune", "remove what killed processes left in shared memory", json_too=True)
-    force_help = "also remove pools that nobody has open and whose store directory is not to be seen from here"
+    sub = command("prune", "remove leftovers of killed processes from shared memory", json_too=True)
+    force_help = "also remove pools that no process has open and whose store directory can't be seen from here"
     sub.add_argument("--force", action="store_true", help=force_help)
     sub = command(
         "replay",
@@ -9028,7 +9028,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     return dict(found)
 
 
-# The words before the one that is completed tell which command it is. Names of pools are asked for when needed.
+# The words before the completed one tell the command. The script asks for the names of pools only when it needs them.
 _BASH_COMPLETION = """\
 _cortex() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} command= words= pools= i
@@ -9052,7 +9052,7 @@ complete -o default -F _cortex cortex"""
 
 
 def _completion(shell: str) -> str:
-    """Return a script by which a shell completes commands, options, their values and names of pools."""
+    """Return a script that makes a shell complete commands, options, their values and names of pools."""
     import shlex
 
     def choices(action: argparse.Action) -> str:
@@ -9097,7 +9097,7 @@ def _completion(shell: str) -> str:
 
 
 def _fill_standard_streams() -> None:
-    """Open what the shell has closed (`>&-`): else a pool's own file would become standard output, or errors."""
+    """Open the streams that the shell has closed (`>&-`): else a pool's file would become standard output or error."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             with contextlib.suppress(OSError):
@@ -9108,7 +9108,7 @@ def _fill_standard_streams() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `cortex cache ...`; returns the exit code: 0 done, 1 failed, 2 usage, 130 Ctrl-C."""
+    """Run `cortex cache ...`; return the exit code: 0 done, 1 failed, 2 usage, 130 Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     _fill_standard_streams()
     if arguments[:1] == ["cache"]:

