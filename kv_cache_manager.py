@@ -7396,7 +7396,7 @@ class PrefixCache:
     ) -> list[str]:
         """Return the hash of each full block, root first. Tokens: list, tuple, numpy array or torch tensor of ids.
 
-        ValueError for ids that are negative or beyond 32 bits. The hashes are the same on every platform and Python.
+        ValueError for ids that are negative or beyond 32 bits. The same in every process, platform and Python.
         `block_extra` may name the partial last block, to no effect, but none after it. `length` is the number of tokens
         of the whole prompt (default: of these). It matters if rope scaling depends on it: see `for_model`.
         """
