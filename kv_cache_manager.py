@@ -684,6 +684,22 @@ def _checked_meta(key: bytes, size: int, meta: Mapping[str, Any]) -> EntryMeta:
     return EntryMeta.of(key, size, **meta)
 
 
+def _checked_metas(keys: Sequence[bytes], sizes: Sequence[int], metas: Sequence[Mapping[str, Any]]) -> list[EntryMeta]:
+    """Return the keyword arguments of the values of a path, checked; a value like the one before it is checked once."""
+    found: list[EntryMeta] = []
+    last: tuple[int, Mapping[str, Any]] = -1, {}
+    longest, checked = 0, NO_META  # the longest key that was checked with the last ones
+    for key, size, meta in zip(keys, sizes, metas, strict=True):
+        if not meta:
+            found.append(NO_META)
+            continue
+        if len(key) > longest or (size, meta) != last:
+            checked = _checked_meta(key, size, meta)
+            longest, last = len(key), (size, meta)
+        found.append(checked)
+    return found
+
+
 class Geometry(NamedTuple):
     """The offsets in a segment; all of them follow from five numbers."""
 
@@ -3429,13 +3445,15 @@ class Space:
         no_slot = not words[FREE_SLOT] and words[TOP_SLOT] == self.table.num_slots
         return no_slot or (not old and words[NUM_ENTRIES] + num_more >= self.geometry.max_entries)
 
-    def _find_room(self, key: bytes, num_blocks: int, num_more: int = 0) -> tuple[int, int] | None:
+    def _find_room(
+        self, key: bytes, num_blocks: int, num_more: int = 0, old: int | None = None
+    ) -> tuple[int, int] | None:
         """Return (start of `num_blocks` free blocks, slot of the value under `key` or 0); a slot is free then, too.
 
         Evict and move entries where needed. None, and nothing has changed, if pins are in the way.
         """
         words = self.words
-        old = self.table.find(key)
+        old = self.table.find(key) if old is None else old
         full = self.is_full(old, num_more)
         start = None if full else self.blocks.find_locked(num_blocks)
         if start is None:
@@ -3879,59 +3897,70 @@ class Index(Space):
             self._record(key, self.table.find(key) if number < num_there else 0, is_first and not number)
 
     def reserve_path(
-        self, keys: Sequence[bytes], sizes: Sequence[int], metas: Sequence[EntryMeta], token: int, num_more: int
-    ) -> tuple[list[tuple[int, int] | None], int]:
-        """Return ((offset, size) of a place for each value of a part of a path, None if it is there; `num_more`).
+        self,
+        keys: Sequence[bytes],
+        sizes: Sequence[int],
+        metas: Sequence[EntryMeta],
+        token: int,
+        num_more: int,
+        changes: int | None = None,
+    ) -> tuple[list[tuple[int, int] | None], int, int]:
+        """Return ((offset, size) of a place for each value of a part of a path, None if it is there; ...).
 
         There means: with that size, dtype and shape. The first value is written, or pinned, by `token`, the next by
-        `token` + 1, and so on. The list is shorter if no more can be stored. `num_more`: the number of entries that
-        this path is going to add.
+        `token` + 1, and so on. The list is shorter if no more can be stored. Then follow, also as arguments for the
+        next part: the number of entries that this path is going to add; and CHANGES as of now, -1 if it has changed
+        since the last part, or a value is going to replace another. While it stays the same, none of the values that
+        are missing now can be there.
         """
-        table = self.table
+        table, words = self.table, self.words
         places: list[tuple[int, int] | None] = []
+        is_unchanged = changes is None or changes == words[CHANGES]
         for number, (key, size, meta) in enumerate(zip(keys, sizes, metas, strict=True), token):
             slot = table.find(key)
             if slot and table.is_like(slot, size, meta.tensor):
                 self.pins.hold(number, slot)
                 places.append(None)
                 continue
-            place = self.reserve(key, size, meta, number, num_more)
+            place = self.reserve(key, size, meta, number, num_more, slot)
             if place is None:
                 break
             places.append(place)
             num_more += not slot or table.state(slot) != COMPLETE  # not COMPLETE: it has just been evicted
-        return places, num_more
+            is_unchanged = is_unchanged and not slot
+        return places, num_more, words[CHANGES] if is_unchanged else -1
 
     def commit_path(
-        self, tokens: Sequence[int], checksums: Mapping[int, int], kept: Container[int], least: Least
-    ) -> Least:
+        self, tokens: Sequence[int], checksums: Mapping[int, int], kept: Container[int], least: Least, changes: int
+    ) -> tuple[Least, int]:
         """Commit the values that these tokens write and queue the path; unpin all but the tokens `kept`.
 
         `checksums`: token -> CRC-32 of the values written. The deepest is committed first, so others find no part of
         the new run before its head is there. Parts of a path go the same way, with `least` as in `touch`. If another
         process has stored a value of that size, dtype and shape meanwhile, its value stays and ours is freed.
+        `changes`, as `reserve_path` returns it, and as of now for the next part.
         """
         table, pins, queued = self.table, self.pins, []
+        are_missing = changes == self.words[CHANGES]
         for token in reversed(tokens):
             (slot,) = pins.held[token]
             queued.append(slot)
-            key = table.key(slot)
             if token in checksums:
-                old = table.find(key)
+                old = 0 if are_missing else table.find(table.key(slot))
                 is_new = not old or not table.is_like(old, table.place(slot)[1], table.texts(slot)[2])
                 if is_new or token in kept:
-                    least = self._commit(token, key, old, None, token in kept, checksums[token], least)
+                    least = self._commit(token, old, None, token in kept, checksums[token], least)
                     continue
                 self._withdraw(token)
                 queued[-1] = slot = old
             else:
                 self.unpin(token)
                 if table.state(slot) != COMPLETE:  # replaced or removed meanwhile
-                    queued[-1] = slot = table.find(key)
+                    queued[-1] = slot = table.find(table.key(slot))
             if slot:
                 least = self._touch((slot,), False, False, least)
         table.set_all_accessed(dict.fromkeys(filter(None, queued), time.time()))  # one time for all, as after a read
-        return least
+        return least, self.words[CHANGES] if are_missing else -1
 
     def abandon(self, tokens: Iterable[int]) -> None:
         """Free the places that these tokens write, and unpin the slots that they pin."""
@@ -3972,13 +4001,15 @@ class Index(Space):
         words[DIRTY] = self._unfinished = 0
         return True
 
-    def reserve(self, key: bytes, size: int, meta: EntryMeta, token: int, num_more: int = 0) -> tuple[int, int] | None:
+    def reserve(
+        self, key: bytes, size: int, meta: EntryMeta, token: int, num_more: int = 0, old: int | None = None
+    ) -> tuple[int, int] | None:
         """Return (offset, size) of a place for a value that `token` writes; None, and no change, if it can't be stored.
 
         `num_more`: see `is_full`.
         """
         num_blocks = self.geometry.blocks_for(size)
-        room = self._find_room(key, num_blocks, num_more)
+        room = self._find_room(key, num_blocks, num_more, old)
         if room is None:
             return None
         table, words = self.table, self.words
@@ -4003,12 +4034,11 @@ class Index(Space):
         if old and if_absent:
             self._withdraw(token)
         else:
-            self._commit(token, key, old, saved, keep_pinned, 0 if saved is None else saved.checksum, None)
+            self._commit(token, old, saved, keep_pinned, 0 if saved is None else saved.checksum, None)
 
     def _commit(
         self,
         token: int,
-        key: bytes,
         old: int,
         saved: Saved | None,
         keep_pinned: bool,
@@ -4034,7 +4064,10 @@ class Index(Space):
         else:
             if saved is not None:
                 table.set_times(slot, saved.created, saved.accessed)
-            count = self._uses_of(key, old) if saved is None else saved.access_count
+            if saved is not None:
+                count = saved.access_count
+            else:
+                count = self._uses_of(table.key(slot), old) if old or self.order.is_adaptive else 0
             least_count, least_priority = NO_LEAST if least is None else least
             least = max(count, least_count), max(table.priority(slot), least_priority)
             self._enter(slot, old, *least)
@@ -5916,14 +5949,15 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
         """Reserve the missing values, pin the others; return a view, or None, for each."""
         pool, keys, sizes, metas, places = self._pool, self._keys, self._sizes, self._metas, self._places
         first = self._token
-        num_new = 0  # values of the path that were not there before
+        so_far: tuple[int, int | None] = 0, None  # what `Index.reserve_path` tells its next call
 
         def reserve() -> list[tuple[int, int] | None]:
-            nonlocal num_new
+            nonlocal so_far
             begin = len(places)
             some = slice(begin, begin + KEYS_A_LOOK)
             token = first + begin
-            found, num_new = pool._locked(Index.reserve_path, keys[some], sizes[some], metas[some], token, num_new)
+            found, *about = pool._locked(Index.reserve_path, keys[some], sizes[some], metas[some], token, *so_far)
+            so_far = (about[0], about[1])
             return found
 
         while len(places) < len(keys):
@@ -5934,6 +5968,7 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
             places += found
             if not found:
                 break
+        self._changes = -1 if so_far[1] is None else so_far[1]
         fresh = [place for place in places if place is not None]
         for place in fresh:
             _map_pages(pool._memory, *place)
@@ -5985,9 +6020,9 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
 
     def _commit(self, checksums: dict[int, int], kept: Container[int]) -> None:
         """Commit the new values, `checksums` being token -> CRC-32, and end all pins but those `kept`."""
-        tokens, least = range(self._token, self._token + len(self._places)), NO_LEAST
+        tokens, so_far = range(self._token, self._token + len(self._places)), (NO_LEAST, self._changes)
         for some in self._pool._each_part(reversed(list(_parts(tokens, KEYS_A_LOOK)))):
-            least = self._pool._locked(Index.commit_path, some, checksums, kept, least, after_close=True)
+            so_far = self._pool._locked(Index.commit_path, some, checksums, kept, *so_far, after_close=True)
 
 
 class _Entries(Mapping[str, CacheEntry]):
@@ -6192,15 +6227,14 @@ class _Paths(_Handle):
         if len(set(encoded)) < len(encoded):
             twice = next(key for key, count in Counter(encoded).items() if count > 1)
             raise InvalidArgumentError(f"key {twice.decode()!r} is there twice: the keys of a path must differ")
-        sizes = [check_int("size", size, 0) for size in sizes]
-        more = [{}] * len(encoded) if each is None else each
-        if not all(isinstance(about, Mapping) for about in more):
-            raise InvalidArgumentError(f"each {_show(each)} must be a list of dicts, one for each key")
-        metas = [
-            _checked_meta(key, size, {**meta, **about} if about else meta)
-            for key, size, about in zip(encoded, sizes, more, strict=True)
-        ]
-        return _PathWriter(self, encoded, sizes, metas, zero, checksums)
+        sizes = [size if type(size) is int and 0 <= size <= I64_MAX else check_int("size", size, 0) for size in sizes]
+        if each is not None:
+            if not all(isinstance(about, Mapping) for about in each):
+                raise InvalidArgumentError(f"each {_show(each)} must be a list of dicts, one for each key")
+            more = [{**meta, **about} for about in each]
+        else:
+            more = [meta] * len(encoded)
+        return _PathWriter(self, encoded, sizes, _checked_metas(encoded, sizes, more), zero, checksums)
 
     def put_path(
         self, keys: Sequence[str], values: Sequence[Any], each: Sequence[Mapping[str, Any]] | None = None, **how: Any

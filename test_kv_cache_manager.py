@@ -1478,16 +1478,52 @@ class TestIndex:
         assert index.get(b"old", 0) == payload("old", SMALL)
         assert index.check(False) == []
 
+    @pytest.mark.parametrize("meanwhile", ["nothing", "before the second part", "before the commit", "a rebuild"])
+    def test_what_others_store_while_a_path_is_written_is_found(self, meanwhile: str) -> None:
+        """Keys are not looked up again if no key chain has changed: then none of the missing ones can be there."""
+        index = make_index(16)
+        keys, metas = [b"a", b"b", b"c"], [kv.NO_META] * 3
+
+        def store(key: bytes) -> None:
+            index.put(key, payload("theirs", SMALL), SMALL, kv.NO_META, False)
+
+        _, num_new, changes = index.reserve_path(keys[:2], [SMALL] * 2, metas[:2], 1, 0)
+        if meanwhile == "before the second part":
+            store(b"b")
+        _, num_new, changes = index.reserve_path(keys[2:], [SMALL], metas[2:], 3, num_new, changes)
+        assert (num_new, changes == index.words[kv.CHANGES]) == (3, meanwhile != "before the second part")
+        if meanwhile == "before the commit":
+            store(b"b")
+        if meanwhile == "a rebuild":
+            index.rebuild()
+        least, changes = index.commit_path([3], {1: 0, 2: 0, 3: 0}, (), kv.NO_LEAST, changes)
+        least, changes = index.commit_path([1, 2], {1: 0, 2: 0, 3: 0}, (), least, changes)
+        assert index.stats()["entry_count"] == 3
+        assert index.stats()["allocated_blocks"] == 6
+        theirs = meanwhile.startswith("before")
+        assert (index.get(b"b", 9) == payload("theirs", SMALL)) == theirs
+        assert index.check(False) == []
+
+    def test_a_path_that_replaces_a_value_leaves_one(self) -> None:
+        index = make_index(16)
+        index.put(b"b", b"another size", 12, kv.NO_META, False)
+        _, num_new, changes = index.reserve_path([b"a", b"b"], [SMALL] * 2, [kv.NO_META] * 2, 1, 0)
+        assert (num_new, changes) == (1, -1)
+        index.commit_path([1, 2], {1: 0, 2: 0}, (), kv.NO_LEAST, changes)
+        assert index.stats()["entry_count"] == 2
+        assert index.table.place(index.table.find(b"b"))[1] == SMALL
+        assert index.check(False) == []
+
     def test_two_sessions_that_commit_one_path_keep_one_copy(self) -> None:
         index = make_index(16)
         keys, sizes, metas = [b"a", b"b"], [SMALL, SMALL], [kv.NO_META] * 2
-        first, _ = index.reserve_path(keys, sizes, metas, 1, 0)
+        first, _, changes = index.reserve_path(keys, sizes, metas, 1, 0)
         enter_session(index, 1)
-        second, _ = index.reserve_path(keys, sizes, metas, 11, 0)
+        second, *_ = index.reserve_path(keys, sizes, metas, 11, 0)
         assert None not in first + second
-        index.commit_path([11, 12], {11: 0, 12: 0}, (), kv.NO_LEAST)
+        index.commit_path([11, 12], {11: 0, 12: 0}, (), kv.NO_LEAST, changes)
         kept = [index.table.place(index.table.find(key)) for key in keys]
-        index.commit_path([1, 2], {1: 0, 2: 0}, (), kv.NO_LEAST)
+        index.commit_path([1, 2], {1: 0, 2: 0}, (), kv.NO_LEAST, changes)
         assert [index.table.place(index.table.find(key)) for key in keys] == kept == second
         assert index.stats()["allocated_blocks"] == 4
         assert index.check(False) == []
