@@ -196,6 +196,8 @@ __all__ = [
     "InvalidArgumentError",
     "KVCacheCLI",
     "KVCachePool",
+    "KVContext",
+    "NotCacheableError",
     "PoolClosedError",
     "PoolExistsError",
     "PoolMismatchError",
@@ -354,6 +356,10 @@ class StorageError(CacheError):
 
 class UnsupportedError(CacheError):
     """This machine, platform or build does not support the request."""
+
+
+class NotCacheableError(UnsupportedError):
+    """The KV of this prompt can't be distinguished from other KV; that of other prompts of the model can."""
 
 
 class _os_errors:
@@ -7314,6 +7320,25 @@ def _token_bytes(tokens: Any) -> bytes:
     return words.tobytes()
 
 
+class KVContext(Protocol):
+    """All that the KV of one model depends on beside weights and tokens. `PrefixCache` asks it each time it hashes."""
+
+    def digest(
+        self, tokens: Sequence[int], named_blocks: Container[int], block_size: int, length: int, stores: bool
+    ) -> bytes:
+        """Return bytes that are equal only for equal KV of these tokens, in a prompt of `length` tokens.
+
+        `named_blocks`: the blocks that `block_extra` names. `stores`: the KV was computed just now. UnsupportedError if
+        KV of this model can't be cached, NotCacheableError if only that of this prompt can't.
+        """
+
+    def check_length_is_known(self) -> None:
+        """Raise UnsupportedError if KV depends on the length of the prompts that begin with these tokens."""
+
+    def check_dtype(self, dtype: Any) -> None:
+        """Raise UnsupportedError if the model does not compute KV of this dtype, a torch.dtype, as it is now."""
+
+
 class PrefixCache:
     """The KV of token prefixes in a pool, in blocks of `block_size` tokens, which any process finds again.
 
@@ -7343,8 +7368,6 @@ class PrefixCache:
     Statistics count the calls of this object; the pool has its own. Methods may be called from several threads.
     """
 
-    _model: Any = None
-
     def __init__(
         self,
         pool: KVCachePool,
@@ -7354,6 +7377,7 @@ class PrefixCache:
         salt: str = "",
         verify: bool = False,
         extra: str | Sequence[str] = "",
+        context: KVContext | None = None,
     ) -> None:
         if not isinstance(pool, KVCachePool):
             raise InvalidArgumentError(f"pool is a {type(pool).__name__}, it must be a KVCachePool")
@@ -7375,6 +7399,7 @@ class PrefixCache:
             "extra": tuple(extras),
         }
         self.pool = pool
+        self._context = context
         self.block_size = check_int("block_size", block_size, 1, 1 << 20)
         self.verify = verify
         parts = [_framed(part.encode()) for part in ("cortex-prefix-1", namespace, salt)]
@@ -7389,6 +7414,10 @@ class PrefixCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the arguments: the process that unpickles them opens the pool by name, with new statistics."""
+        if self._context is not None:
+            raise UnsupportedError(
+                "a cache for_model can't be sent to another process: make it there, from its own model"
+            )
         return functools.partial(PrefixCache, self.pool, **self._made_of), ()
 
     @classmethod
@@ -7419,8 +7448,21 @@ class PrefixCache:
         positions that do not count from 0. A look costs some milliseconds: it visits every module. Adapter weights are
         digested whole, once. Later looks sum them up, at memory speed.
         """
-        return _ModelPrefixCache(
-            pool, model, namespace=namespace, block_size=block_size, salt=salt, verify=verify, extra=extra
+        try:
+            from kv_cache_engines.transformers import ModelContext
+        except ImportError as error:
+            raise UnsupportedError(
+                f"for_model needs the package kv_cache_engines, which is not beside this module ({error}): "
+                "pip install kv-cache-manager"
+            ) from None
+        return cls(
+            pool,
+            namespace=namespace,
+            block_size=block_size,
+            salt=salt,
+            verify=verify,
+            extra=extra,
+            context=ModelContext(model),
         )
 
     # --- blocks ------------------------------------------------------------------------------------------------------
@@ -7482,13 +7524,16 @@ class PrefixCache:
 
     def _find_root(self, data: bytes, named: Mapping[int, bytes], length: int, stores: bool) -> bytes:
         """Return the root for these tokens of a prompt of `length` tokens; `stores`: for KV computed just now."""
-        return self._root
+        if self._context is None:
+            return self._root
+        tokens = memoryview(data).cast("I")
+        return self._root_with(self._context.digest(tokens, named, self.block_size, length, stores))
 
     def _find_hashes(self, tokens: Any, block_extra: Mapping[int, str] | None, length: int | None) -> list[str]:
         """Return the hashes to look for, an empty list if the KV of this prompt can't be cached."""
         try:
             return self.compute_block_hashes(tokens, block_extra=block_extra, length=length)
-        except _NotCacheableError:
+        except NotCacheableError:
             return []
 
     def match(self, tokens: Any, *, block_extra: Mapping[int, str] | None = None, length: int | None = None) -> int:
@@ -7582,7 +7627,8 @@ class PrefixCache:
             if not layers:
                 return 0
             states = layers[0][0]
-            self._check_dtype(states.dtype)
+            if self._context is not None:
+                self._context.check_dtype(states.dtype)
             paths = [
                 self._hashes_to_store(row, extra, states.shape[2], generated)
                 for row, extra in zip(rows, extras, strict=True)
@@ -7599,7 +7645,7 @@ class PrefixCache:
         if _is_batch(tokens):
             raise InvalidArgumentError("tokens must be one row for an array: store several as a DynamicCache")
         framework, dtype, shape, _ = tensor_parts(kv[:, :, :, : self.block_size])
-        hashes = self._hashes_to_store(tokens, block_extra, kv.shape[3], generated or self._model is None)
+        hashes = self._hashes_to_store(tokens, block_extra, kv.shape[3], generated or self._context is None)
         step = self.block_size
 
         def write(number: int, target: memoryview) -> None:
@@ -7607,9 +7653,6 @@ class PrefixCache:
 
         size = tensor_bytes(dtype, shape)
         return self._insert(hashes, [(size, dtype, shape, framework)] * len(hashes), write, priority)
-
-    def _check_dtype(self, dtype: Any) -> None:
-        """Raise UnsupportedError if the model of this cache does not compute KV of this dtype."""
 
     def _hashes_to_store(self, tokens: Any, block_extra: Any, length: int, may_be_longer: bool) -> list[str]:
         """Return the hashes of the full blocks of these tokens that a KV of `length` tokens holds."""
@@ -7664,8 +7707,8 @@ class PrefixCache:
         check_seconds("wait", wait)
         if _is_batch(tokens):
             raise InvalidArgumentError("tokens must be one row: load the prefix that the rows share, with batch_size")
-        if batch_size > 1 and length is None:
-            self._check_length_is_known()
+        if batch_size > 1 and length is None and self._context is not None:
+            self._context.check_length_is_known()
         hashes = self._find_hashes(tokens, block_extra, length)
         if wait:
             self._await(hashes[: (len(tokens) - 1) // self.block_size], wait)
@@ -7712,9 +7755,6 @@ class PrefixCache:
         """Give up computing the KV of these tokens: callers that wait for it in `load` go on."""
         self._unclaim(self._find_hashes(tokens, block_extra, length))
 
-    def _check_length_is_known(self) -> None:
-        """Raise UnsupportedError if the KV of a prefix depends on the length of the prompts that begin with it."""
-
     def warm(
         self,
         prompts: Iterable[Any],
@@ -7755,307 +7795,6 @@ class PrefixCache:
         with self._lock:
             for name, change in changes.items():
                 self._counts[name] += change
-
-
-class _NotCacheableError(UnsupportedError):
-    """The KV of this prompt can't be distinguished from other KV; that of other prompts of the model can."""
-
-
-# Rope scaling that is the same for every length of prompt. Of the others, all but dynamic NTK and longrope are refused.
-_FIXED_ROPES = ("default", "linear", "yarn", "llama3", "proportional", "mrope", "axial")
-# Their `generate` computes a prompt anew when it grows beyond the original length, so its KV has one set of factors.
-_LONGROPE_MODELS = ("phi3", "phimoe", "phi4_multimodal")
-_ORIGINAL = "original_max_position_embeddings"
-_PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
-# Keys of a config about names, outputs and generation: KV does not depend on them. The dtype is that of the weights.
-_NOT_OF_KV = re.compile(
-    r"_name_or_path|transformers_version|architectures|auto_map|dtype|torch_dtype|use_cache|return_dict|output_\w+|"
-    r"id2label|label2id|problem_type|\w+_token_id|base_model_name_or_path|revision|inference_mode|peft_version"
-)
-_NUM_SAMPLES = 16  # values of each weight that are read at each look; the fewest that always show a merged adapter
-
-
-class _ModelPrefixCache(PrefixCache):
-    """The cache that `PrefixCache.for_model` returns: the state of its model is a part of every root."""
-
-    def __init__(self, pool: KVCachePool, model: Any, **made_of: Any) -> None:
-        super().__init__(pool, **made_of)
-        if not hasattr(model, "named_modules") or not hasattr(getattr(model, "config", None), "to_dict"):
-            raise InvalidArgumentError(f"model is a {type(model).__name__}, it must be a model of transformers or peft")
-        self._model = model
-        # By the id of each adapter weight: (reference to it, its version, the sum of its bits, their digest).
-        self._digests: dict[int, tuple[weakref.ref[Any], int, int, bytes]] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise UnsupportedError("a cache for_model can't be sent to another process: make it there, from its own model")
-
-    def _find_root(self, data: bytes, named: Mapping[int, bytes], length: int, stores: bool) -> bytes:
-        config = self._model.config.to_dict()
-        parts = list(_configs(config))
-        _check_causal(self._model, parts)
-        self._check_placeholders(data, named, parts)
-        digest = hashlib.sha256()
-        for name, limit, model_type in _ropes_by_length(parts):
-            is_beyond = length > limit
-            if name == "longrope":
-                if is_beyond and model_type not in _LONGROPE_MODELS:
-                    raise _NotCacheableError(
-                        f"longrope of {model_type}: the KV of {length} tokens can't be told from one that was begun "
-                        f"with other factors, at up to {limit} tokens: cache prompts of up to {limit} tokens"
-                    )
-                digest.update(_framed(b"longrope: long" if is_beyond else b"longrope: short"))
-            elif is_beyond or ((stores or length == limit) and _has_grown(self._model)):
-                raise _NotCacheableError(
-                    f"dynamic NTK rope: the KV of {length} tokens depends on how many the model has computed, for it "
-                    f"has gone beyond {limit}: cache prompts of up to {limit} tokens, before a longer one is computed"
-                )
-        texts = [json.dumps(_of_kv(config), sort_keys=True, default=_plain), _attention_of(self._model.config)]
-        for text in (*texts, self._autocast()[0]):
-            digest.update(_framed(text.encode()))
-        digest.update(self._weights_digest())
-        return self._root_with(digest.digest())
-
-    def _check_placeholders(self, data: bytes, named: Mapping[int, bytes], parts: Sequence[Mapping[str, Any]]) -> None:
-        """Raise _NotCacheableError if a full block without a text holds a placeholder of an image or a sound."""
-        holders = {
-            value: key
-            for part in parts
-            for key, value in part.items()
-            if _PLACEHOLDER.fullmatch(str(key)) and isinstance(value, int)
-        }
-        words = struct.unpack(f"<{len(data) // 4}I", data) if holders else ()
-        for at, token in enumerate(words[: len(words) // self.block_size * self.block_size]):
-            block = at // self.block_size
-            if token in holders and block not in named:
-                raise _NotCacheableError(
-                    f"block {block} holds token {token} ({holders[token]}), whose KV depends on more than tokens: name "
-                    f"the image or sound, as in block_extra={{{block}: digest}}"
-                )
-
-    def _check_length_is_known(self) -> None:
-        if _ropes_by_length(list(_configs(self._model.config.to_dict()))):
-            raise UnsupportedError(
-                "rope scaling of this model depends on the length of the prompt: pass that of the longest one that "
-                "begins with these tokens, as load(tokens, batch_size, length=...)"
-            )
-
-    def _check_dtype(self, dtype: Any) -> None:
-        text, computed = self._autocast()
-        dtypes = {tensor.dtype for tensor in self._model.parameters()}
-        if dtype not in dtypes and dtype != computed:
-            raise UnsupportedError(
-                f"kv of {dtype} is not of this model of {', '.join(sorted(map(str, dtypes)))}{text and ', ' + text}: "
-                "it was computed under autocast, or the model was converted since: compute it anew"
-            )
-
-    def _autocast(self) -> tuple[str, Any]:
-        """Return (the model's autocast now, as text, the dtype that it computes in); ("", None) if there is none."""
-        torch = _library("torch")
-        device = next((tensor.device.type for tensor in self._model.parameters()), "cpu")
-        if device == "meta" or not torch.is_autocast_enabled(device):
-            return "", None
-        dtype = torch.get_autocast_dtype(device)
-        return f"autocast to {dtype}", dtype
-
-    def _weights_digest(self) -> bytes:
-        """Return a digest of the adapters' state and all weights: adapters in use as a whole, others by a sample."""
-        digest, sampled = hashlib.sha256(), []
-        configs: Mapping[str, Any] = {}
-        used: set[str] = set()
-        # (module, where it lies in the adapted layer around it or None, adapters of that layer that are not in use)
-        waiting: list[tuple[Any, tuple[str, ...] | None, frozenset[str]]] = [(self._model, None, frozenset())]
-        seen = set()
-        while waiting:
-            module, way, idle = waiting.pop()
-            if id(module) in seen:
-                continue
-            seen.add(id(module))
-            _check_no_dropout(module)
-            found = vars(module).get("peft_config")
-            configs = found if isinstance(found, Mapping) else configs
-            if isinstance(getattr(type(module), "disable_adapters", None), property):  # an adapted layer of peft
-                merged = list(getattr(module, "merged_adapters", ()))
-                active = [] if module.disable_adapters else list(module.active_adapters)
-                way, idle = (), frozenset(configs) - {*active, *merged}
-                if active or merged:
-                    used.update(active, merged)
-                    scaling = getattr(module, "scaling", {})
-                    factors = {key: scaling[key] for key in active if key in scaling}
-                    text = f"{type(module).__name__} {active} {merged} {factors}"
-                    digest.update(_framed(text.encode()))
-            tensors = [*module._parameters.items()]
-            unsaved = module._non_persistent_buffers_set
-            # The model makes other buffers that are not saved as it runs, such as those of rope for a long prompt.
-            tensors += [(n, t) for n, t in module._buffers.items() if n not in unsaved or _is_rope(module, n)]
-            for name, tensor in tensors:
-                if tensor is None or _is_idle(way, name, idle):
-                    continue
-                if hasattr(tensor, "to_local"):  # a shard: other ranks need not take part, and hold other KV
-                    tensor = tensor.to_local()  # noqa: PLW2901
-                text = f"{tensor.dtype} {tuple(tensor.shape)}"
-                if way is None:
-                    digest.update(_framed(text.encode()))
-                    sampled.append(tensor)
-                else:
-                    digest.update(_framed(f"{'.'.join((*way, name))} {text}".encode()) + self._digest(tensor))
-            for name, child in module._modules.items():
-                if child is None or _is_idle(way, name, idle):
-                    continue
-                is_base = way == () and name in ("base_layer", "original_module")
-                waiting.append(
-                    (child, None if way is None or is_base else (*way, name), frozenset() if is_base else idle)
-                )
-        for name in sorted(used):
-            if name in configs:
-                digest.update(_framed(_adapter_text(name, configs[name]).encode()))
-        digest.update(_sample(sampled))
-        return digest.digest()
-
-    def _digest(self, tensor: Any) -> bytes:
-        """Return the digest of a tensor's bytes: kept for as long as its version and the sum of its bits stay.
-
-        The version alone does not show writes through `tensor.data`.
-        """
-        torch = _library("torch")
-        if tensor.device.type == "meta":
-            raise UnsupportedError("adapter weights on the device meta can't be read: load the adapter into memory")
-        bits = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
-        is_aligned = not (bits.numel() | bits.storage_offset()) % 8
-        total = int((bits.view(torch.int64) if is_aligned else bits).sum())
-        version = -1 if tensor.is_inference() else tensor._version
-        key = id(tensor)
-        kept = self._digests.get(key)
-        if kept is not None and kept[0]() is tensor and kept[1:3] == (version, total):
-            return kept[3]
-        digest = hashlib.sha256(memoryview(bits.cpu().numpy())).digest()
-        kept_digests = self._digests
-        self._digests[key] = weakref.ref(tensor, lambda _: kept_digests.pop(key, None)), version, total, digest
-        return digest
-
-
-def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield a config of transformers, as a dict, and all dicts inside it."""
-    yield config
-    for value in config.values():
-        if isinstance(value, Mapping):
-            yield from _configs(value)
-
-
-def _of_kv(config: Any) -> Any:
-    """Return a config without the keys that KV does not depend on."""
-    if isinstance(config, Mapping):
-        return {str(key): _of_kv(value) for key, value in config.items() if not _NOT_OF_KV.fullmatch(str(key))}
-    return config
-
-
-def _plain(value: object) -> Any:
-    """Return a value that JSON can hold in place of a config's value that it can't."""
-    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def _ropes_by_length(parts: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, str]]:
-    """Return ("longrope" or "dynamic", its original length, model type) of each rope that depends on a prompt's length.
-
-    UnsupportedError for a kind of rope scaling that is not known. One config may have several, by type of layer.
-    """
-    found = []
-    for part in parts:
-        for rope in (part.get("rope_parameters"), part.get("rope_scaling")):
-            if not isinstance(rope, Mapping):
-                continue
-            for each in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
-                name = str(each.get("rope_type", each.get("type", "default")))
-                lengths = [each.get(_ORIGINAL), part.get(_ORIGINAL), part.get("max_position_embeddings")]
-                known = [length for length in lengths if isinstance(length, int)]
-                if name in _FIXED_ROPES:
-                    continue
-                if not known or not ("dynamic" in name or name in ("longrope", "su")):
-                    raise UnsupportedError(
-                        f"rope scaling {_show(name)} is not known here: use PrefixCache without for_model, and name in "
-                        "extra what its KV depends on"
-                    )
-                is_dynamic = "dynamic" in name
-                kind, limit = ("dynamic", min(known)) if is_dynamic else ("longrope", known[0])
-                found.append((kind, limit, str(part.get("model_type"))))
-    return found
-
-
-def _has_grown(model: Any) -> bool:
-    """Return True if rope of dynamic NTK is now that of a prompt beyond its original length."""
-    for module in model.modules():
-        limit = getattr(module, "original_max_seq_len", None)
-        lengths = [value for name, value in vars(module).items() if name.endswith("max_seq_len_cached")]
-        if limit is not None and any(int(length) > int(limit) for length in lengths):
-            return True
-    return False
-
-
-def _check_causal(model: Any, parts: Iterable[Mapping[str, Any]]) -> None:
-    """Raise UnsupportedError if KV depends on anything after its token, or on virtual tokens in front."""
-    for part in parts:
-        both = part.get("use_bidirectional_attention") in (True, "all") or part.get("model_type") == "paligemma"
-        if both or part.get("is_encoder_decoder") is True:
-            raise UnsupportedError(
-                f"KV of a {part.get('model_type')} model depends on more than the tokens so far (an encoder, or "
-                "attention in both directions): it can't be cached by prefix"
-            )
-    adapters, name = getattr(model, "peft_config", None), getattr(model, "active_adapter", None)
-    adapter = adapters.get(name) if isinstance(adapters, Mapping) and isinstance(name, str) else None
-    if getattr(adapter, "is_prompt_learning", False) and not getattr(model, "_adapters_disabled", False):
-        raise UnsupportedError(
-            f"adapter {_show(name)} puts virtual tokens before the prompt, so its KV can't be cached by prefix: "
-            "disable it, or use PrefixCache without for_model and count them as tokens"
-        )
-
-
-def _check_no_dropout(module: Any) -> None:
-    """Raise UnsupportedError if the module drops values at random."""
-    if not module.training:
-        return
-    told = vars(module)  # not getattr: a module takes long to say that it has no such attribute
-    rates = told.get("attention_dropout"), told.get("p") if "Dropout" in type(module).__name__ else 0
-    if any(isinstance(rate, float) and rate > 0 for rate in rates):
-        raise UnsupportedError("the model is in training mode, with dropout: its KV is random; call model.eval() first")
-
-
-def _adapter_text(name: str, config: Any) -> str:
-    """Return an adapter's name and config; UnsupportedError if its effect on KV depends on more than tokens so far."""
-    told = config.to_dict()
-    kind = str(getattr(told.get("peft_type"), "value", told.get("peft_type")))
-    if kind in ("XLORA", "POLY") or told.get("alora_invocation_tokens"):
-        raise UnsupportedError(f"adapter {_show(name)} of kind {kind} goes by the whole prompt or by tasks: disable it")
-    return f"{name} {json.dumps(_of_kv(told), sort_keys=True, default=_plain)}"
-
-
-def _attention_of(config: Any) -> str:
-    """Return the attention implementations of a config and those inside it."""
-    inside = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
-    return str([getattr(each, "_attn_implementation", None) for each in (config, *inside)])
-
-
-def _is_rope(module: Any, name: str) -> bool:
-    """Return True for a buffer of rope frequencies that is the same whatever the model has computed."""
-    kinds = getattr(module, "rope_type", "")
-    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
-    changes = any("dynamic" in str(kind) or kind == "longrope" for kind in kinds)
-    return name.endswith("inv_freq") and (not changes or "original" in name)
-
-
-def _is_idle(way: tuple[str, ...] | None, name: str, idle: frozenset[str]) -> bool:
-    """Return True for a part of an adapted layer that belongs to an adapter not in use: lora_A.NAME, say."""
-    return way is not None and len(way) == 1 and name in idle
-
-
-def _sample(tensors: Iterable[Any]) -> bytes:
-    """Return some bytes of each of these tensors, evenly spread; nothing of those that can't be read."""
-    torch = _library("torch")
-    pieces: dict[Any, list[Any]] = {}
-    for tensor in tensors:
-        if tensor.numel() and tensor.device.type != "meta":
-            with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):  # a packed kind of its own
-                flat = tensor.detach().reshape(-1)[:: -(-tensor.numel() // _NUM_SAMPLES)]
-                pieces.setdefault(tensor.device, []).append(flat.contiguous().view(torch.uint8))
-    return b"".join(bytes(memoryview(torch.cat(each).cpu().numpy())) for each in pieces.values())
 
 
 def _is_batch(tokens: Any) -> bool:

@@ -47,6 +47,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import kv_cache_manager as kv
+from kv_cache_engines import transformers as model_kv
 from kv_cache_manager import (
     BITMAP_SIZE,
     BLOCK_SIZE,
@@ -7616,7 +7617,7 @@ class TestForModel:
             return model(torch.tensor([list(tokens)]), use_cache=True).past_key_values
 
     def fill(self, cache: kv.PrefixCache, tokens: Any) -> int:
-        return cache.store(tokens, self.compute(cache._model, tokens))
+        return cache.store(tokens, self.compute(cache._context._model, tokens))
 
     def cache_for(self, pool: KVCachePool, model: Any, **changes: Any) -> kv.PrefixCache:
         return kv.PrefixCache.for_model(pool, model, **{"namespace": "m", **changes})
@@ -7766,10 +7767,13 @@ class TestForModel:
             "model_type": "y",
         }
         config = {"text_config": inner, "other": {"deep": layers}, "id2label": {0: "a"}, "rope_scaling": None}
-        assert kv._ropes_by_length(list(kv._configs(config))) == [("dynamic", 64, "x"), ("longrope", 40, "y")]
+        assert model_kv._ropes_by_length(list(model_kv._configs(config))) == [
+            ("dynamic", 64, "x"),
+            ("longrope", 40, "y"),
+        ]
         for unknown in ({"rope_type": "new"}, {"rope_type": "dynamic"}, {"type": "longrope"}):
             with pytest.raises(kv.UnsupportedError, match="not known"):
-                kv._ropes_by_length([{"rope_scaling": unknown}])
+                model_kv._ropes_by_length([{"rope_scaling": unknown}])
 
     def test_adapters_are_told_apart_by_state_and_weights(self) -> None:
         with make_pool(1024) as pool:
@@ -9352,7 +9356,7 @@ class TestCommandLine:
 
         shown = run("--help").decode()
         assert shown == run_cli("--help").stdout.decode()
-        assert re.findall(r"^    (\w+) +\w", shown, re.MULTILINE) == COMMANDS
+        assert re.findall(r"^    (\w+)(?: +\w|$)", shown, re.MULTILINE) == COMMANDS
         assert "Make a pool that stays until it is deleted." in run("create", "--help").decode()
         run("create", "p", "--size", "1M")
         run("put", "p", "key", stdin=b"value")

@@ -150,10 +150,10 @@ import argparse
 import builtins
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 Progress = Callable[[int, int], None]"""
 
@@ -204,7 +204,7 @@ def body_of(name: str, owner: Any) -> Iterator[str]:
         function = getattr(value, "__func__", None) or getattr(value, "fget", None) or getattr(value, "func", value)
         if isinstance(value, property) or (function is not value and not decorator):
             decorator = "@property"
-        if inspect.isfunction(function):
+        if inspect.isfunction(function) and function.__name__ == key:  # not what Protocol puts there
             yield from filter(None, [decorator, stub_of(key, function)])
             has_method = True
     if not has_method:

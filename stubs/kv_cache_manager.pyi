@@ -3,13 +3,13 @@ import argparse
 import builtins
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 Progress = Callable[[int, int], None]
-__all__ = ['BITMAP_SIZE', 'BLOCK_SIZE', 'CACHE_MAGIC', 'CACHE_VERSION', 'HEADER_SIZE', 'BitmapAllocator', 'CacheEntry', 'CacheError', 'CachePoolConfig', 'CacheStore', 'CorruptionError', 'EvictionManager', 'EvictionPolicy', 'InvalidArgumentError', 'KVCacheCLI', 'KVCachePool', 'PoolClosedError', 'PoolExistsError', 'PoolMismatchError', 'PoolNotFoundError', 'PrefixCache', 'StorageError', 'UnsupportedError', 'format_size', 'main', 'model_fingerprint', 'parse_size']
+__all__ = ['BITMAP_SIZE', 'BLOCK_SIZE', 'CACHE_MAGIC', 'CACHE_VERSION', 'HEADER_SIZE', 'BitmapAllocator', 'CacheEntry', 'CacheError', 'CachePoolConfig', 'CacheStore', 'CorruptionError', 'EvictionManager', 'EvictionPolicy', 'InvalidArgumentError', 'KVCacheCLI', 'KVCachePool', 'KVContext', 'NotCacheableError', 'PoolClosedError', 'PoolExistsError', 'PoolMismatchError', 'PoolNotFoundError', 'PrefixCache', 'StorageError', 'UnsupportedError', 'format_size', 'main', 'model_fingerprint', 'parse_size']
 __version__: str
 BITMAP_SIZE: int
 BLOCK_SIZE: int
@@ -171,6 +171,12 @@ class KVCachePool:
     def persist(self, path: str | os.PathLike[str] | None = ..., progress: Progress | None = ...) -> bool: ...
     @classmethod
     def restore(cls, path: str | os.PathLike[str], *, name: str | None = ..., store_path: str | os.PathLike[str] | None = ..., salvage: bool = ..., progress: Progress | None = ..., **changes: Any) -> KVCachePool | None: ...
+class KVContext(Protocol):
+    def digest(self, tokens: Sequence[int], named_blocks: Container[int], block_size: int, length: int, stores: bool) -> bytes: ...
+    def check_length_is_known(self) -> None: ...
+    def check_dtype(self, dtype: Any) -> None: ...
+class NotCacheableError(UnsupportedError):
+    ...
 class PoolClosedError(CacheError):
     @classmethod
     def of(cls, name: str, why: str = ...) -> PoolClosedError: ...
@@ -184,7 +190,7 @@ class PrefixCache:
     pool: KVCachePool
     namespace: str
     block_size: int
-    def __init__(self, pool: KVCachePool, *, namespace: str, block_size: int = ..., salt: str = ..., verify: bool = ..., extra: str | Sequence[str] = ...) -> None: ...
+    def __init__(self, pool: KVCachePool, *, namespace: str, block_size: int = ..., salt: str = ..., verify: bool = ..., extra: str | Sequence[str] = ..., context: KVContext | None = ...) -> None: ...
     @classmethod
     def for_model(cls, pool: KVCachePool, model: Any, *, namespace: str, block_size: int = ..., salt: str = ..., verify: bool = ..., extra: str | Sequence[str] = ...) -> PrefixCache: ...
     def compute_block_hashes(self, tokens: Any, *, block_extra: Mapping[int, str] | None = ..., length: int | None = ...) -> list[str]: ...
