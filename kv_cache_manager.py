@@ -168,7 +168,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from json.encoder import encode_basestring
 from pickle import PickleBuffer
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
     import argparse
@@ -722,7 +722,11 @@ class Geometry(NamedTuple):
         if block_size % MIN_BLOCK_SIZE:
             raise InvalidArgumentError(f"block_size {block_size} must be a multiple of {MIN_BLOCK_SIZE} bytes")
         smallest = HEADER_SIZE + BITMAP_SIZE + MIN_NUM_BLOCKS * block_size
-        size_bytes = check_int("size_bytes", config.size_bytes, smallest, 1 << 46)
+        size_bytes = check_int("size_bytes", config.size_bytes, 0, 1 << 46)
+        if size_bytes < smallest:
+            raise InvalidArgumentError(
+                f"size_bytes {size_bytes} must be at least {smallest} with blocks of {format_size(block_size)}"
+            )
         max_entries = check_int("max_entries", config.max_entries, 1, 1 << 26)
         num_blocks = (size_bytes - HEADER_SIZE - BITMAP_SIZE) // block_size
         while HEADER_SIZE + cls.bitmap_bytes(num_blocks) + num_blocks * block_size > size_bytes:
@@ -2120,6 +2124,7 @@ def _space_shortage(directory: str, size: int, must: bool = False) -> str:
     return (
         f"it needs {format_size(size)} and {directory} has {format_size(free)} free of "
         f"{format_size(room.f_blocks * room.f_frsize)}: {fix} or make a smaller pool"
+        + (", or one of tier nvme" if directory == SHM_DIR else "")
     )
 
 
@@ -2172,7 +2177,10 @@ class SegmentHeader(NamedTuple):
                 f"{path} begins with {magic!r}, a pool with {CACHE_MAGIC!r}: not a pool, or smashed; delete it"
             )
         if version != CACHE_VERSION:
-            raise CorruptionError(f"{path} has layout version {version}, this program knows {CACHE_VERSION}; delete it")
+            raise CorruptionError(
+                f"{path} has layout version {version}, this program knows {CACHE_VERSION}: persist it with the version "
+                "that made it, or delete it"
+            )
         text = fixed[HEADER_JSON_AT : HEADER_JSON_AT + length]
         if checksum != zlib.crc32(text, zlib.crc32(fixed[HEADER_FIXED_AT : HEADER.size])):
             raise CorruptionError(
@@ -8349,7 +8357,7 @@ class KVCacheCLI:
         file = vars(args).get("file") or "-"
         with self._open(args.name) as pool, pool.view(args.key) as view:
             if view is None:
-                _say(f"{args.name} has no entry {args.key!r}")
+                _say(f"cortex cache: {args.name} has no entry {args.key!r}: see `cortex cache list {args.name}`")
                 return EXIT_FAILED
             if file == "-":
                 sys.stdout.flush()
@@ -8390,11 +8398,12 @@ class KVCacheCLI:
         found = restore_snapshot(path, self.store.store_path, False, given.get("name"), changes, salvage, progress)
         if found is None:
             raise StorageError(
-                f"there is no snapshot {args.path!r}: give a file, or a pool that was persisted to its default path"
+                f"there is no file {args.path!r}, and no snapshot {path}: give the file that was persisted"
             )
         pool, restored, total = found
         pool.close()
-        _say(f"restored {restored} of {_plural(total, 'entry', 'entries')} to {pool.name} from {path}")
+        left = f"; {total - restored} did not fit" if restored < total and not salvage else ""
+        _say(f"restored {restored} of {_plural(total, 'entry', 'entries')} to {pool.name} from {path}{left}")
         return EXIT_DONE
 
     def _snapshot_path(self, path_or_name: str) -> str:
@@ -8519,7 +8528,9 @@ class KVCacheCLI:
     def _open(self, name: str) -> KVCachePool:
         pool = self.store.get(name)
         if pool is None:
-            raise PoolNotFoundError(f"there is no pool {name!r} in {self.store.store_path}: see `cortex cache status`")
+            raise PoolNotFoundError(
+                f"there is no pool {name!r} in {self.store.store_path}: see `cortex cache status`, or create it"
+            )
         return pool
 
 
@@ -8624,12 +8635,12 @@ def _demo_tour(store: CacheStore) -> bool:
     import multiprocessing
 
     fork = multiprocessing.get_context("fork")
-    values = {f"block-{number}": _demo_payload(number) for number in range(96)}
+    values = {f"block-{number}": _demo_payload(number) for number in range(24)}
 
     def speed(num_bytes: float, seconds: float) -> str:
         return f"{num_bytes / seconds / 1e9:.1f} GB/s"
 
-    size_bytes = HEADER_SIZE + BITMAP_SIZE + 64 * DEMO_BLOCK
+    size_bytes = HEADER_SIZE + BITMAP_SIZE + 16 * DEMO_BLOCK  # fits into the 64 MB that Docker gives
     pool = store.create(CachePoolConfig("demo", size_bytes))
     _out(
         f"pool      {format_size(size_bytes)} of shared memory, policy lru; a block of KV is {format_size(DEMO_BLOCK)}"
@@ -8696,14 +8707,28 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the argument parser of `cortex cache`."""
     import argparse
 
+    class Parser(argparse.ArgumentParser):
+        """A parser whose errors take one line."""
+
+        def error(self, message: str) -> NoReturn:
+            found = re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
+            if found:
+                import difflib
+
+                known = re.findall(r"[\w-]+", found[3])
+                near = difflib.get_close_matches(found[2].lower(), known, 1)
+                fix = f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(known)}"
+                message = f"argument {found[1]}: {found[2]!r} is not known: {fix}"
+            self.exit(EXIT_USAGE, f"{self.prog}: {_printable(message)}; see `{self.prog} --help`\n")
+
     width = 80  # argparse would find it too, by imports that take longer than everything else
     with contextlib.suppress(ValueError, OSError, AttributeError):
         width = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
     look: Any = functools.partial(argparse.HelpFormatter, width=width - 2)
     about = "A shared-memory KV cache for LLM inference."
-    parser = argparse.ArgumentParser(prog="cortex cache", description=about, formatter_class=look)
+    parser = Parser(prog="cortex cache", description=about, formatter_class=look)
     parser.add_argument("--version", action="version", version=f"kv-cache-manager {__version__}")
-    common = argparse.ArgumentParser(add_help=False, formatter_class=look)
+    common = Parser(add_help=False, formatter_class=look)
     store_help = "store directory (default: $CORTEX_CACHE_DIR or ~/.config/cortex/kv_cache)"
     parser.add_argument("--store", metavar="DIR", help=store_help)
     common.add_argument("--store", metavar="DIR", help=store_help, default=argparse.SUPPRESS)
@@ -8717,15 +8742,19 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     def pool_options(sub: argparse.ArgumentParser, size_needed: bool) -> None:
-        sub.add_argument("--size", required=size_needed, help="bytes of header, bitmap and data, such as 16G or 512M")
+        def or_else(default: str) -> str:
+            return f"default {default}" if size_needed else "default: as in the snapshot"
+
+        size_help = "bytes of header, bitmap and data, such as 16G or 512M"
         sub.add_argument(
-            "--tier", choices=["cpu", "nvme", "gpu"], help="cpu: shared memory (default); nvme: a mapped file"
+            "--size", required=size_needed, help=size_help if size_needed else f"{size_help}; {or_else('')}"
         )
-        sub.add_argument(
-            "--policy", choices=[policy.value for policy in EvictionPolicy], help="see `policies`; default lru"
-        )
-        sub.add_argument("--block-size", metavar="SIZE", help="unit of allocation (default 4K)")
-        sub.add_argument("--max-entries", type=int, metavar="N", help="most entries at a time (default 10000)")
+        tier_help = f"cpu: shared memory; nvme: a mapped file; {or_else('cpu')}"
+        sub.add_argument("--tier", choices=["cpu", "nvme", "gpu"], help=tier_help)
+        policy_help = f"see `policies`; {or_else('lru')}"
+        sub.add_argument("--policy", choices=[policy.value for policy in EvictionPolicy], help=policy_help)
+        sub.add_argument("--block-size", metavar="SIZE", help=f"unit of allocation; {or_else('4K')}")
+        sub.add_argument("--max-entries", type=int, metavar="N", help=f"most entries at a time; {or_else('10000')}")
 
     sub = command("create", "make a pool that stays until it is deleted")
     sub.add_argument("name", metavar="NAME")
@@ -8801,72 +8830,105 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     return dict(found)
 
 
-# The words before the completed one tell the command. The script asks for the names of pools only when it needs them.
+# The words before the one that is completed say which command it is, and how many arguments it has.
 _BASH_COMPLETION = """\
 _cortex() {
-    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} command= words= pools= i
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} command= store= words= number=0 i
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
         case ${COMP_WORDS[i]} in
-            --store) ((i++)) ;;
-            cache | -*) ;;
-            *) command=${COMP_WORDS[i]}; break ;;
+            --store) store=${COMP_WORDS[++i]} ;;
+            VALUED) ((i++)) ;;
+            -*) ;;
+            *)
+                if [[ $command ]]; then ((number++))
+                elif [[ ${COMP_WORDS[i]} != cache ]]; then command=${COMP_WORDS[i]}
+                fi ;;
         esac
     done
-    case $command,$before in
-        %s
+    case $before in
+        CHOSEN
+        --store | VALUED) return ;;
     esac
-    if [[ $pools && $word != -* ]]; then
-        words+=" $(cortex cache status 2>/dev/null | awk 'NR > 1 {print $1}')"
+    if [[ ! $words && $word == -* ]]; then
+        case $command in
+            OPTIONS
+            *) words="--help --version --store" ;;
+        esac
+    elif [[ ! $words ]]; then
+        case $command,$number in
+            POOLS) words=$(cortex cache ${store:+--store "$store"} status 2>/dev/null | awk 'NR > 1 {print $1}') ;;
+            completion,0) words="SHELLS" ;;
+            ,0) words="COMMANDS"; [[ $before != cortex ]] || words+=" cache" ;;
+        esac
     fi
     COMPREPLY=($(compgen -W "$words" -- "$word"))
 }
 complete -o default -F _cortex cortex"""
+_FISH_COMPLETION = """\
+function __cortex_arguments -d 'how many arguments the command has that are no options'
+    set -l words (string match -v -- '-*' (commandline -opc) | string match -v cache)
+    math (count $words) - 2
+end
+complete -c cortex -f
+complete -c cortex -n __fish_use_subcommand -a cache"""
+_FISH_POOLS = "(cortex cache status 2>/dev/null | string match -gr '^(\\S+)' | tail -n +2)"
 
 
 def _completion(shell: str) -> str:
-    """Return a script that makes a shell complete commands, options, their values and names of pools."""
+    """Return a script with which a shell completes commands, options, their values and names of pools."""
     import shlex
 
     def choices(action: argparse.Action) -> str:
-        return " ".join(map(str, action.choices or ()))
+        return " ".join(policy.value for policy in EvictionPolicy if action.dest == "policy") or " ".join(
+            map(str, action.choices or ())
+        )
 
     commands = subcommands(build_parser())
-    cases, free = [], set()  # options whose values are chosen from a list, and the others
-    fish = ["complete -c cortex -f", "complete -c cortex -n __fish_use_subcommand -a cache"]
+    chosen: dict[str, str] = {}  # option -> the values that it takes
+    valued, options, pools = set(), [], []
+    fish = [_FISH_COMPLETION]
     no_command = f"not __fish_seen_subcommand_from {' '.join(commands)}"
-    pools = "(cortex cache status 2>/dev/null | string match -gr '^(\\S+)' | tail -n +2)"
     for name, sub in commands.items():
-        seen = f"complete -c cortex -n '__fish_seen_subcommand_from {name}'"
+        seen = f"__fish_seen_subcommand_from {name}"
         fish.append(f"complete -c cortex -n '{no_command}' -a {name} -d {shlex.quote(sub.description or '')}")
-        words, names_pool = "", ""
+        words = []
         for action in sub._actions:
-            option = action.option_strings[-1] if action.option_strings else ""
-            words += f" {option or choices(action)}"
-            if option:
-                line = f"{seen} -l {option[2:]} -d {shlex.quote(action.help or option[2:])}"
-                if action.choices:
-                    cases.append(f'{name},{option}) words="{choices(action)}" ;;')
-                    line += f" -x -a '{choices(action)}'"
-                elif action.nargs != 0:
-                    free.add(f"*,{option}")
-                    line += " -r -F"
-                fish.append(line)
-            elif action.choices:
-                fish.append(f"{seen} -a '{choices(action)}'")
-            elif action.dest in ("name", "trace") and name != "create":
-                names_pool = " pools=1"
-                fish.append(f"{seen} -a {shlex.quote(pools)}")
-            elif action.dest != "key":
-                fish.append(f"{seen} -F")
-        cases.append(f'{name},*) words="{words.strip()}"{names_pool} ;;')
+            if not action.option_strings:
+                if action.dest in ("name", "trace") and name != "create":
+                    pools.append(f"{name},0")
+                    first = f"'{seen}; and test (__cortex_arguments) -eq 0'"
+                    fish.append(f"complete -c cortex -n {first} -a {shlex.quote(_FISH_POOLS)}")
+                elif action.choices:
+                    fish.append(f"complete -c cortex -n '{seen}' -a '{choices(action)}'")
+                elif action.dest != "key":
+                    fish.append(f"complete -c cortex -n '{seen}' -F")
+                continue
+            option = action.option_strings[-1]
+            words.append(option)
+            line = f"complete -c cortex -n '{seen}' -l {option[2:]} -d {shlex.quote(action.help or option[2:])}"
+            if choices(action):
+                chosen[option] = choices(action)
+                line += f" -x -a '{choices(action)}'"
+            elif action.nargs != 0:
+                line += " -r -F"
+            if action.nargs != 0 and option != "--store":
+                valued.add(option)
+            fish.append(line)
+        options.append(f'{name}) words="{" ".join(words)}" ;;')
     if shell == "fish":
         return "\n".join(fish)
-    cases.sort(key=lambda case: ",*)" in case)
-    cases.insert(sum(",*)" not in case for case in cases), f"{' | '.join(sorted(free))}) return ;;")
-    cases.append(f'*) words="cache {" ".join(commands)}" ;;')
-    zsh = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" if shell == "zsh" else ""
-    return zsh + _BASH_COMPLETION % "\n        ".join(cases)
+    script = _BASH_COMPLETION
+    for mark, text in (
+        ("VALUED", " | ".join(sorted(valued))),
+        ("CHOSEN", "\n        ".join(f'{option}) words="{values}" ;;' for option, values in chosen.items())),
+        ("OPTIONS", "\n            ".join(options)),
+        ("POOLS", " | ".join(pools)),
+        ("SHELLS", "bash zsh fish"),
+        ("COMMANDS", " ".join(commands)),
+    ):
+        script = script.replace(mark, text)
+    return ("autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" if shell == "zsh" else "") + script
 
 
 def _fill_standard_streams() -> None:
@@ -8884,8 +8946,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run `cortex cache ...`; return the exit code: 0 done, 1 failed, 2 usage, 130 Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     _fill_standard_streams()
-    if arguments[:1] == ["cache"]:
-        arguments = arguments[1:]
+    at = 0
+    while arguments[at : at + 1] and arguments[at].startswith("-"):  # options may come before the word cache
+        at += 2 if arguments[at] == "--store" else 1
+    if arguments[at : at + 1] == ["cache"]:
+        del arguments[at]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a key that the terminal's encoding lacks is shown, not fatal
             stream.reconfigure(errors="backslashreplace")

