@@ -691,17 +691,16 @@ def _checked_meta(key: bytes, size: int, meta: Mapping[str, Any]) -> EntryMeta:
 
 
 def _checked_metas(keys: Sequence[bytes], sizes: Sequence[int], metas: Sequence[Mapping[str, Any]]) -> list[EntryMeta]:
-    """Return the keyword arguments of the values of a path, checked; a value like the one before it is checked once."""
+    """Return the keyword arguments of the values of a path, checked; the same dict with the same size once."""
     found: list[EntryMeta] = []
-    last: tuple[int, Mapping[str, Any]] = -1, {}
-    longest, checked = 0, NO_META  # the longest key that was checked with the last ones
+    last_size, last_meta, longest, checked = -1, None, 0, NO_META  # `longest`: key that was checked with these
     for key, size, meta in zip(keys, sizes, metas, strict=True):
         if not meta:
             found.append(NO_META)
             continue
-        if len(key) > longest or (size, meta) != last:
+        if meta is not last_meta or size != last_size or len(key) > longest:
             checked = _checked_meta(key, size, meta)
-            longest, last = len(key), (size, meta)
+            last_size, last_meta, longest = size, meta, len(key)
         found.append(checked)
     return found
 
@@ -1296,7 +1295,8 @@ class EvictionOrder:
         """Count a use of the slots of one path, root first. Under every policy a child then goes before its parent.
 
         The deepest slot is queued first, under FIFO too. No parent keeps a lower use count or priority than its child.
-        Slots in `unused` were stored just now, which is no use. `ends_prompt`: the last slot holds the end of a prompt.
+        Slots in `unused` were stored just now, which is no use. `ends_prompt`, which only ADAPTIVE heeds: the last slot
+        holds the end of a prompt.
         A long path is touched in parts, deepest first: each gets as `least` the return value of the part below it.
         """
         least_count, least_priority = least
@@ -1550,22 +1550,25 @@ class AdaptiveOrder(EvictionOrder):
     def touch_path(
         self, path: Sequence[int], unused: Container[int] = (), ends_prompt: bool = False, least: Least = NO_LEAST
     ) -> Least:
-        clock = self._words[_CLOCK]
-        numbers = list(map(self.numbers, path))
-        ends_prompt = ends_prompt and bool(path) and not numbers[-1][1]  # an end that was used is like any other entry
-        least = super().touch_path(path, unused, False, least)
-        if ends_prompt:
-            self.unlink(path[-1])
-            self._halves[self._node(path[-1]) + _TAIL] = 1
-            self.link(path[-1])
-        gaps = [
-            max(clock - sequence, 1)
-            for slot, (sequence, count, _) in zip(path, numbers, strict=True)
-            if not count and slot not in unused
-        ]
+        least_count, least_priority = least
+        clock, gaps = self._words[_CLOCK], []
+        for slot in reversed(path):
+            sequence, count, priority = self.numbers(slot)
+            is_new = not count
+            if slot not in unused:
+                if is_new:
+                    gaps.append(max(clock - sequence, 1))
+                count += 1
+            least_count, least_priority = max(count, least_count), max(priority, least_priority)
+            self.unlink(slot)
+            self.stamp(slot, least_count, least_priority)
+            if ends_prompt and is_new:  # a prompt that was used again is like any other
+                self._halves[self._node(slot) + _TAIL] = 1
+            ends_prompt = False  # for those above it
+            self.link(slot)
         if gaps:
             self._learn(gaps)
-        return least
+        return least_count, least_priority
 
     def _mean(self) -> float:
         """Return the running mean of the logarithms of gaps."""
@@ -1684,9 +1687,10 @@ def order_over(
     ghosts: memoryview | None,
 ) -> EvictionOrder:
     """Return the order of a policy over a buffer. `capacity` to `ghosts` are for ADAPTIVE: see `AdaptiveOrder`."""
-    if policy is EvictionPolicy.ADAPTIVE and ghosts is not None:
-        return AdaptiveOrder(buffer, num_slots, capacity, blocks_of, ghosts)
-    return EvictionOrder(policy, buffer, num_slots)
+    if policy is not EvictionPolicy.ADAPTIVE:
+        return EvictionOrder(policy, buffer, num_slots)
+    assert ghosts is not None
+    return AdaptiveOrder(buffer, num_slots, capacity, blocks_of, ghosts)
 
 
 def private_order(
@@ -1694,7 +1698,8 @@ def private_order(
 ) -> EvictionOrder:
     """Return an empty order over private memory."""
     buffer = memoryview(bytearray(EvictionOrder.buffer_bytes(num_slots)))
-    ghosts = memoryview(bytearray(AdaptiveOrder.ghost_bytes(num_slots)))
+    num_bytes = AdaptiveOrder.ghost_bytes(num_slots) if policy is EvictionPolicy.ADAPTIVE else 0
+    ghosts = memoryview(bytearray(num_bytes))
     order = order_over(policy, buffer, num_slots, capacity, blocks_of, ghosts)
     order.rebuild(())
     return order
@@ -3459,20 +3464,18 @@ class Space:
         no_slot = not words[FREE_SLOT] and words[TOP_SLOT] == self.table.num_slots
         return no_slot or (not old and words[NUM_ENTRIES] + num_more >= self.geometry.max_entries)
 
-    def _find_room(
-        self, key: bytes, num_blocks: int, num_more: int = 0, old: int | None = None
-    ) -> tuple[int, int] | None:
-        """Return (start of `num_blocks` free blocks, slot of the value under `key` or 0); a slot is free then, too.
+    def _find_room(self, old: int, num_blocks: int, num_more: int = 0) -> tuple[int, int] | None:
+        """Return (start of `num_blocks` free blocks, `old`, or 0 if it had to go first); a slot is free then, too.
 
-        Evict and move entries where needed. None, and nothing has changed, if pins are in the way.
+        `old`: the entry that the value is going to replace, or 0. Evict and move entries where needed. None, and
+        nothing has changed, if pins are in the way.
         """
         words = self.words
-        old = self.table.find(key) if old is None else old
         full = self.is_full(old, num_more)
         start = None if full else self.blocks.find_locked(num_blocks)
         if start is None:
             if (words[UNREAD] or self.others_write()) and self.reclaim(only_signs=True):
-                return self._find_room(key, num_blocks, num_more)
+                return self._find_room(old, num_blocks, num_more)
             start = self._make_room(num_blocks, full, old, num_more)
             if start is None:
                 return None
@@ -3758,6 +3761,12 @@ class Space:
         self.pins.leave(session)
 
 
+# Of a path that is being reserved: the number of entries that it is going to add; CHANGES after the last part, None if
+# it has changed since the first one, or if a value of the path replaces another. While CHANGES stays the same, none of
+# the values that were missing can be there.
+PathSoFar = tuple[int, "int | None"]
+
+
 class Index(Space):
     """The changes and reads of a pool under its lock: use, store, pin, settle, repair, check, describe.
 
@@ -3916,20 +3925,18 @@ class Index(Space):
         sizes: Sequence[int],
         metas: Sequence[EntryMeta],
         token: int,
-        num_more: int,
-        changes: int | None = None,
-    ) -> tuple[list[tuple[int, int] | None], int, int]:
-        """Return ((offset, size) of a place for each value of a part of a path, None if it is there; ...).
+        so_far: PathSoFar | None,
+    ) -> tuple[list[tuple[int, int] | None], PathSoFar]:
+        """Return ((offset, size) of a place for each value of a part of a path, None if it is there; `so_far`).
 
         There means: with that size, dtype and shape. The first value is written, or pinned, by `token`, the next by
-        `token` + 1, and so on. The list is shorter if no more can be stored. Then follow, also as arguments for the
-        next part: the number of entries that this path is going to add; and CHANGES as of now, -1 if it has changed
-        since the last part, or a value is going to replace another. While it stays the same, none of the values that
-        are missing now can be there.
+        `token` + 1, and so on. The list is shorter if no more can be stored. `so_far`: None for the first part, for
+        others what the part before returned.
         """
         table, words = self.table, self.words
         places: list[tuple[int, int] | None] = []
-        is_unchanged = changes is None or changes == words[CHANGES]
+        num_more, changes = (0, words[CHANGES]) if so_far is None else so_far
+        is_unchanged = changes == words[CHANGES]
         for number, (key, size, meta) in enumerate(zip(keys, sizes, metas, strict=True), token):
             slot = table.find(key)
             if slot and table.is_like(slot, size, meta.tensor):
@@ -3942,17 +3949,22 @@ class Index(Space):
             places.append(place)
             num_more += not slot or table.state(slot) != COMPLETE  # not COMPLETE: it has just been evicted
             is_unchanged = is_unchanged and not slot
-        return places, num_more, words[CHANGES] if is_unchanged else -1
+        return places, (num_more, words[CHANGES] if is_unchanged else None)
 
     def commit_path(
-        self, tokens: Sequence[int], checksums: Mapping[int, int], kept: Container[int], least: Least, changes: int
-    ) -> tuple[Least, int]:
+        self,
+        tokens: Sequence[int],
+        checksums: Mapping[int, int],
+        kept: Container[int],
+        least: Least,
+        changes: int | None,
+    ) -> tuple[Least, int | None]:
         """Commit the values that these tokens write and queue the path; unpin all but the tokens `kept`.
 
         `checksums`: token -> CRC-32 of the values written. The deepest is committed first, so others find no part of
         the new run before its head is there. Parts of a path go the same way, with `least` as in `touch`. If another
         process has stored a value of that size, dtype and shape meanwhile, its value stays and ours is freed.
-        `changes`, as `reserve_path` returns it, and as of now for the next part.
+        `changes`: that of `PathSoFar`, and for the next part what this one returns.
         """
         table, pins, queued = self.table, self.pins, []
         are_missing = changes == self.words[CHANGES]
@@ -3974,7 +3986,7 @@ class Index(Space):
             if slot:
                 least = self._touch((slot,), False, False, least)
         table.set_all_accessed(dict.fromkeys(filter(None, queued), time.time()))  # one time for all, as after a read
-        return least, self.words[CHANGES] if are_missing else -1
+        return least, self.words[CHANGES] if are_missing else None
 
     def abandon(self, tokens: Iterable[int]) -> None:
         """Free the places that these tokens write, and unpin the slots that they pin."""
@@ -3993,10 +4005,11 @@ class Index(Space):
 
     def put(self, key: bytes, data: Any, size: int, meta: EntryMeta, if_absent: bool) -> bool:
         """Store a value at once; return False, and change nothing, if there is no space for it."""
-        if if_absent and self.table.find(key):
+        found = self.table.find(key)
+        if if_absent and found:
             return True
         num_blocks = self.geometry.blocks_for(size)
-        room = self._find_room(key, num_blocks)
+        room = self._find_room(found, num_blocks)
         if room is None:
             return False
         start, old = room
@@ -4023,7 +4036,7 @@ class Index(Space):
         `num_more`: see `is_full`.
         """
         num_blocks = self.geometry.blocks_for(size)
-        room = self._find_room(key, num_blocks, num_more, old)
+        room = self._find_room(self.table.find(key) if old is None else old, num_blocks, num_more)
         if room is None:
             return None
         table, words = self.table, self.words
@@ -4078,7 +4091,6 @@ class Index(Space):
         else:
             if saved is not None:
                 table.set_times(slot, saved.created, saved.accessed)
-            if saved is not None:
                 count = saved.access_count
             else:
                 count = self._uses_of(table.key(slot), old) if old or self.order.is_adaptive else 0
@@ -5963,15 +5975,15 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
         """Reserve the missing values, pin the others; return a view, or None, for each."""
         pool, keys, sizes, metas, places = self._pool, self._keys, self._sizes, self._metas, self._places
         first = self._token
-        so_far: tuple[int, int | None] = 0, None  # what `Index.reserve_path` tells its next call
+        so_far: PathSoFar | None = None
 
         def reserve() -> list[tuple[int, int] | None]:
             nonlocal so_far
             begin = len(places)
             some = slice(begin, begin + KEYS_A_LOOK)
             token = first + begin
-            found, *about = pool._locked(Index.reserve_path, keys[some], sizes[some], metas[some], token, *so_far)
-            so_far = (about[0], about[1])
+            before = so_far if places else None  # None: also for a first part that is tried once more
+            found, so_far = pool._locked(Index.reserve_path, keys[some], sizes[some], metas[some], token, before)
             return found
 
         while len(places) < len(keys):
@@ -5982,7 +5994,7 @@ class _PathWriter(contextlib.AbstractContextManager["list[memoryview | None]"]):
             places += found
             if not found:
                 break
-        self._changes = -1 if so_far[1] is None else so_far[1]
+        self._changes = so_far[1] if so_far else None
         fresh = [place for place in places if place is not None]
         for place in fresh:
             _map_pages(pool._memory, *place)
@@ -6324,9 +6336,9 @@ class KVCachePool(_Paths):
     """A pool of KV blocks in memory that every process of the host can open by name.
 
     All methods are safe to call from several threads and processes at once, and may be interrupted or killed at any
-    point. Reads take no lock, so processes read side by side. Methods that change entries take the pool's lock for a
-    few microseconds, and copy values of more than 64 KiB outside it. After `fork` the child has locks of its own. Views
-    and pins stay the parent's.
+    point. On x86-64 `get`, misses and one view at a time take no lock, so processes read side by side; one read in 32
+    takes it to count uses. Methods that change entries take the pool's lock for a few microseconds, and copy values of
+    more than 64 KiB outside it. After `fork` the child has locks of its own. Views and pins stay the parent's.
     """
 
     def __init__(
@@ -8833,12 +8845,17 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 # The words before the one that is completed say which command it is, and how many arguments it has.
 _BASH_COMPLETION = """\
 _cortex() {
-    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} command= store= words= number=0 i
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} command= store= words= option= number=0 i
     COMPREPLY=()
+    [[ $before != = ]] || before=${COMP_WORDS[COMP_CWORD-2]}
+    [[ $word != = ]] || word=
     for ((i = 1; i < COMP_CWORD; i++)); do
         case ${COMP_WORDS[i]} in
-            --store) store=${COMP_WORDS[++i]} ;;
-            VALUED) ((i++)) ;;
+            --store | VALUED)
+                option=${COMP_WORDS[i++]}
+                [[ ${COMP_WORDS[i]} != = ]] || ((i++))
+                [[ $option != --store ]] || store=${COMP_WORDS[i]}
+                ;;
             -*) ;;
             *)
                 if [[ $command ]]; then ((number++))
@@ -8880,9 +8897,9 @@ def _completion(shell: str) -> str:
     import shlex
 
     def choices(action: argparse.Action) -> str:
-        return " ".join(policy.value for policy in EvictionPolicy if action.dest == "policy") or " ".join(
-            map(str, action.choices or ())
-        )
+        if action.dest in ("policy", "policies"):
+            return " ".join(policy.value for policy in EvictionPolicy)
+        return " ".join(map(str, action.choices or ()))
 
     commands = subcommands(build_parser())
     chosen: dict[str, str] = {}  # option -> the values that it takes
@@ -8906,12 +8923,13 @@ def _completion(shell: str) -> str:
                 continue
             option = action.option_strings[-1]
             words.append(option)
-            line = f"complete -c cortex -n '{seen}' -l {option[2:]} -d {shlex.quote(action.help or option[2:])}"
+            about = (action.help or "").replace("%%", "%")
+            line = f"complete -c cortex -n '{seen}' -l {option[2:]} -d {shlex.quote(about)}"
             if choices(action):
                 chosen[option] = choices(action)
                 line += f" -x -a '{choices(action)}'"
             elif action.nargs != 0:
-                line += " -r -F"
+                line += " -x" if action.type else " -r -F"
             if action.nargs != 0 and option != "--store":
                 valued.add(option)
             fish.append(line)
