@@ -130,6 +130,10 @@ def result_of(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 class TestSGLang:
+    @pytest.fixture(autouse=True)
+    def sglang(self) -> None:
+        import_sglang()
+
     def test_another_engine_gets_the_pages_bit_for_bit(self) -> None:
         host = Host(8)
         fill(host, 0, 1, 2)
