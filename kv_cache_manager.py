@@ -17,7 +17,7 @@ Pins, Uses                   the pins of all sessions; the uses that readers wit
 Space, Index                 all work under the lock. `Space` evicts, moves and reclaims, `Index` does the rest
 Snapshot                     the file format
 _Handle, _Paths, KVCachePool a pool as one process has it open: takes the lock, copies outside it, returns views
-tensors, restore             arrays in and out; a snapshot into a pool
+buffers, tensors, restore    arrays in and out; a snapshot into a pool; the end of a process, and forks
 PrefixCache                  tokens to keys, KV to blocks, by the public methods of a pool
 CacheStore                   names to pools
 replay, command line         hit ratios of a trace; `cortex`
@@ -27,18 +27,22 @@ Words
 block       the unit of the data region; a value takes whole blocks that lie together, its extent
 slot        the number of an entry's place in the index, from 1; 0 means none
 record      the data that the index keeps for a slot: the place of the value, its key, its pins
-seal        the first word of a record: its state and the generation of its value
+generation  a number of an entry, new each time its value is put, moved or replaced, or the index is rebuilt
+seal        the first word of a record: its state and its generation
 state       FREE; WRITING, a value being stored; COMPLETE, an entry; CONDEMNED, removed while a reader has it pinned
 chain       the slots whose keys, or prefix hashes, share a hash
-order       the order of eviction: a list of slots for each key of the policy (`EvictionOrder`)
+order       the order of eviction: a list of slots for each policy key, by which the policy sorts first
+victim      an entry to be evicted: the next one is the first of the order that no session pins
 ghost       the data that the policy adaptive keeps about an entry that was evicted
 path        the keys of the blocks of one prompt, root first
+part        some keys of a path, up to 64 or 256: the lock is taken once for each part
 use         slot | generation << 32: names an entry as a reader without the lock found it
 claim       a lock on a byte that stands for a key: the process that holds it computes the value
 handle      a `KVCachePool`: a pool as one process has it open
 session     a handle as others see it: a number, a pid, a lock that the kernel releases when the process dies
 token       the number by which a handle knows one thing that it holds: a pin, a view, a value being stored
 pin         keeps an entry from being evicted, moved or replaced
+settle      clear the pins and writes of dead processes, and of calls that an error or interrupt has cut off
 transient   of a pool: it lives as long as some process has it open
 
 The segment
@@ -47,7 +51,7 @@ Byte offsets. Every section starts where the one before it ends, rounded up as n
 
     offset            size                          section
     0                 4096                          header: 0 magic, 8 version and checksum, 16 geometry (fixed),
-                                                    512 state words (64 x 8 bytes), 1024 config as JSON
+                                                    512 state words (64, from DIRTY on), 1024 config as JSON
     4096              ceil(num_blocks / 8),         bitmap: 1 bit a block, 1 = in use
                       rounded up to 4096
     data_offset       num_blocks * block_size       data region: the values
@@ -241,7 +245,7 @@ BITMAP_COUNTERS = 4
 NUM_ENTRIES = 73  # COMPLETE records
 NUM_BUSY = 74  # WRITING and CONDEMNED records
 FREE_SLOT, TOP_SLOT = 75, 76  # head of the list of freed slots; slots above TOP_SLOT were never used
-MOVE_SLOT, MOVE_FROM, MOVE_TO, MOVE_DONE = 77, 78, 79, 80  # journal of the current block move, in blocks
+MOVE_SLOT, MOVE_FROM, MOVE_TO, MOVE_DONE = 77, 78, 79, 80  # journal of a move: slot; old, new start; blocks done
 TOP_SESSION = 82  # sessions from this number on were never used
 RECORDED = 83  # accesses recorded so far
 POLICY = 84  # 0: as in the config; else 1 + the place of the policy in EvictionPolicy
@@ -280,22 +284,21 @@ COPY_ORDER = struct.Struct("<12xI3qI20xI")  # 1 if it ends a prompt, sequence, u
 COPY_RECORD_AT = 44
 COPY_SIZES = struct.Struct("<40xI8xqI76x3H")  # slot, size in bytes, first block, lengths of key, prefix, tensor text
 FREE, WRITING, COMPLETE, CONDEMNED = range(4)
-# The first word of a record, its seal: state, and generation << 32. The lowest bit of the generation is set while the
-# value is being moved or replaced in place.
+# The seal, the first word of a record: state, and generation << 32. CHANGING: its value is being moved or replaced.
 CHANGING = 1 << 32
 SEAL_MASK = CHANGING | 0xFFFFFFFF  # an entry can be read without the lock if its seal & SEAL_MASK is COMPLETE
 MAX_GENERATION = (1 << 31) - 2
 UNLOCKED_TRIES = range(3)  # to read without the lock before taking it
 
 COPY_UNDER_LOCK = 64 << 10  # bytes; a larger value is copied outside the lock
-COPY_CHUNK = 1 << 20
+COPY_CHUNK = 1 << 20  # bytes that are copied, read or written at a time
 BESIDE = 256 << 10  # bytes; checksums of smaller values are not worth another thread
 # True if a processor sees the writes of others in order and 64-bit words whole, and a lock orders its own accesses.
 # All work without the pool's lock needs that. Other machines do everything under the lock.
 LOADS_IN_ORDER = os.uname().machine == "x86_64" and sys.maxsize > 1 << 32
 SPINS = 100  # tries of 1 to 2 us each to get a lock before sleeping until it is free
 FAULT_AROUND = 64 << 10  # bytes; a read fault maps all pages of such a window, a write fault just one page
-PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits for room before it fails
+PATIENCE_FOR_WRITES, PATIENCE_FOR_PINS = 0.25, 0.02  # seconds that a put waits: for copies, for pins
 # Long work is done in steps of 1 to 5 ms under the lock. Limits of a step: entries described or evicted, slots and key
 # chains passed over, entries moved, bytes moved. Then: seconds of one pause between steps, and the most pauses.
 ENTRIES_A_STEP, SLOTS_A_STEP, MAX_CHAINS_A_STEP, MOVES_A_STEP, STEP_BYTES = 256, 1 << 13, 1 << 16, 64, 4 << 20
@@ -305,7 +308,7 @@ CLAIM_LOOK = 0.02  # seconds that a process waits for a claim before it looks fo
 PARALLEL_COPY, PARALLEL_PIECE, MAX_COPIERS = 8 << 20, 256 << 10, 4
 KEYS_A_LOOK = 64  # keys that one lookup without the lock sees as of one moment
 ENDING_PATIENCE = 1.0  # seconds that the end of a process waits for a daemon thread to end its call
-RESERVE_CHUNK = 256 << 20
+RESERVE_CHUNK = 256 << 20  # bytes of a new pool that are allocated between two looks at the limits
 I64_MIN, I64_MAX = -(1 << 63), (1 << 63) - 1
 MAX_ACCESS_COUNT = 1 << 61  # of a new entry; a rebuild of the order takes twice that for a stray write
 
@@ -683,7 +686,7 @@ META_NAMES = ("prefix_hash", "priority", "sequence_length", "layer_index", "dtyp
 
 
 def _checked_meta(key: bytes, size: int, meta: Mapping[str, Any]) -> EntryMeta:
-    """Return the keyword arguments of `put` and `reserve`, checked."""
+    """Return the checked metadata of a value from the keyword arguments of `put` or `reserve`."""
     unknown = meta.keys() - set(META_NAMES)
     if unknown:
         raise InvalidArgumentError(f"an entry has no {', '.join(sorted(unknown))}; it has {', '.join(META_NAMES)}")
@@ -691,7 +694,7 @@ def _checked_meta(key: bytes, size: int, meta: Mapping[str, Any]) -> EntryMeta:
 
 
 def _checked_metas(keys: Sequence[bytes], sizes: Sequence[int], metas: Sequence[Mapping[str, Any]]) -> list[EntryMeta]:
-    """Return the keyword arguments of the values of a path, checked; the same dict with the same size once."""
+    """Return the checked metadata of each value of a path; the same dict with the same size is checked once."""
     found: list[EntryMeta] = []
     last_size, last_meta, longest, checked = -1, None, 0, NO_META  # `longest`: key that was checked with these
     for key, size, meta in zip(keys, sizes, metas, strict=True):
@@ -807,7 +810,7 @@ class BitmapAllocator:
 
     It works over a buffer of its own, or over a slice of a segment. Four derived counters lie beside it: 0 blocks in
     use; 1 no free block lies before this one; 2, 3 no free run of length (2) begins before block (3). The last three
-    tell where a search may begin, so that a torn bitmap is not searched from its start.
+    tell where a search may begin, so that a bitmap in pieces is not searched from its start.
     Methods are thread-safe, but in those that end in `_locked` the caller must hold the lock.
     """
 
@@ -984,7 +987,7 @@ class BitmapAllocator:
     def _find_long(self, num_blocks: int, begin: int) -> int | None:
         """Return the start of the lowest free run of 15 or more, or None: find its zero bytes, then count its edges.
 
-        The windows grow, for the run is often near, and copying the whole bitmap of a large pool takes 30 us.
+        So long a run has a zero byte. The windows grow: the run is often near, and copying a large bitmap takes 30 us.
         """
         base, window = begin >> 3, 256
         zeros = bytes((num_blocks - 7) // 8)
@@ -1028,8 +1031,8 @@ class BitmapAllocator:
 # ======================================================================================================================
 
 # The order buffer in 32-bit halves; links are positions in halves:
-# 0     0 clock (64 bits), 2 free bucket, 4 top bucket, 6 mean of the logarithms of reuse gaps times 2**32 (64 bits, 0:
-#       nothing learnt yet), 8 the ring of buckets, 14 the weights of ADAPTIVE (three times 20 bits, 0: none)
+# 0     0 clock: the last sequence number (64 bits), 2 free bucket, 4 buckets ever used, 6 mean of the logarithms of
+#       reuse gaps times 2**32 (64 bits, 0: none yet), 8 ring of buckets, 14 weights of ADAPTIVE (3 of 20 bits, 0: none)
 # 16    buckets of 6: last node, first node, lower bucket, higher bucket, key (64 bits)
 # then  nodes of 10: previous, next, bucket, 1 if it ends a prompt, sequence, use count, priority (64 bits each)
 # The ghosts of ADAPTIVE have a buffer of their own: sets of 8 places of 3 words (key digest, 0 = free; sequence; uses).
@@ -1055,7 +1058,7 @@ REUSE_BONUS = (-8.0, 0.0, 1.0, 1.5, 2.0)  # by the keys of ADAPTIVE: the worth o
 REUSE_LACK = tuple(REUSE_BONUS[-1] - bonus for bonus in REUSE_BONUS)
 GAP_MEMORY = 1600  # gaps that the running mean of ADAPTIVE remembers, about
 GHOSTS_PER_SLOT = 16
-_GHOST_WAYS = 8
+_GHOST_WAYS = 8  # places in a set of ghosts
 _GHOST_SET = struct.Struct("24q")  # 3 words for each of the 8
 WEIGHT_NAMES = ("recency_weight", "frequency_weight", "size_weight")
 _WEIGHT_BITS = 20
@@ -1120,14 +1123,11 @@ def _words32(numbers: Sequence[int]) -> memoryview:
 
 
 Note = tuple[int, int, int, int, int]  # policy key, sequence number, slot, use count, blocks
-Waste = Callable[[int, int, int, int], float]  # of a note without its slot: the greater it is, the sooner it goes
+Waste = Callable[[int, int, int, int], float]  # of all in a note but the slot: the greatest is evicted first
 
 
 def in_victim_order(noted: Iterable[tuple[Note, _R]], waste: Waste | None) -> list[_R]:
-    """Return the items, next victim first, by the `note_of` of each: the order of `victims`, without the lock.
-
-    `waste` is that of `waste_now` under ADAPTIVE, else None.
-    """
+    """Return the items of (note, item), next victim first, as `victims` does, but without the lock. See `waste_now`."""
     queues: dict[int, list[tuple[Note, _R]]] = {}
     for item in sorted(noted, key=operator.itemgetter(0), reverse=True):
         queues.setdefault(item[0][0], []).append(item)
@@ -1158,8 +1158,7 @@ class EvictionOrder:
     "An O(1) algorithm for implementing the LFU cache eviction scheme" (Shah, Mitra, Matani, 2010).
 
     The numbers of a node (sequence, count, priority) are the truth. Links and buckets are derived and rebuilt from
-    them. The class knows slots, but neither keys nor blocks. The caller must hold the lock: in a pool, whose segment
-    has the buffer, the pool's lock.
+    them. The class knows slots, but neither keys nor blocks. The caller must hold the lock, in a pool the pool's lock.
     """
 
     is_adaptive = False
@@ -1180,7 +1179,7 @@ class EvictionOrder:
         return 4 * (_BUCKETS + _BUCKET_HALVES * num_slots + _NODE_HALVES * (num_slots + 1))
 
     def take_over(self, other: EvictionOrder, slots: Iterable[int]) -> None:
-        """Copy another order of the same policy, over a smaller buffer, which holds these slots."""
+        """Copy `other`, an order of these slots by the same policy, whose buffer is smaller."""
         size = (other.num_slots + 1) * _NODE_HALVES
         self._halves[self._nodes : self._nodes + size] = other._halves[other._nodes : other._nodes + size]
         for word in (_CLOCK, _GAP, _WEIGHTS):
@@ -1295,9 +1294,9 @@ class EvictionOrder:
         """Count a use of the slots of one path, root first. Under every policy a child then goes before its parent.
 
         The deepest slot is queued first, under FIFO too. No parent keeps a lower use count or priority than its child.
-        Slots in `unused` were stored just now, which is no use. `ends_prompt`, which only ADAPTIVE heeds: the last slot
+        `unused`: slots stored just now, which count no use. `ends_prompt`, which only ADAPTIVE heeds: the last slot
         holds the end of a prompt.
-        A long path is touched in parts, deepest first: each gets as `least` the return value of the part below it.
+        A long path is touched in parts, deepest first. Return the least that the part above must have, its `least`.
         """
         least_count, least_priority = least
         words, nodes = self._words, self._nodes
@@ -1369,7 +1368,7 @@ class EvictionOrder:
         return [0] * (top + 1)
 
     def copy(self, slot: int) -> bytes:
-        """Return the node of a slot."""
+        """Return the bytes of the node of a slot."""
         node = self._nodes + slot * _NODE_HALVES
         return self._halves[node : node + _NODE_HALVES].tobytes()
 
@@ -1571,7 +1570,7 @@ class AdaptiveOrder(EvictionOrder):
         return least_count, least_priority
 
     def _mean(self) -> float:
-        """Return the running mean of the logarithms of gaps."""
+        """Return the running mean of the logarithms of gaps; before the first gap, the logarithm of the capacity."""
         learnt = self._words[_GAP]
         return learnt / (1 << 32) if 0 < learnt < 64 << 32 else math.log(self._capacity)
 
@@ -1898,7 +1897,7 @@ def plan_room(sections: list[Section], num_blocks: int, candidates: Iterable[int
         left = [section.without(gone) for section in sections] if gone else sections
         return plan_slide(left, num_blocks) if count == len(victims) else plan_exchange(left, num_blocks)
 
-    # All victims make room in one section. Fewer, but at least `least`, may do if entries move to other sections.
+    # All victims free enough of one section. Fewer, but at least `least`, may do if entries move to other sections.
     enough, step = least, 1
     while (moves := moves_after(enough)) is None:
         least, enough, step = enough + 1, min(enough + step, len(victims)), 2 * step
@@ -1986,7 +1985,7 @@ def plan_exchange(sections: list[Section], num_blocks: int) -> list[Move] | None
 
 
 def _record_lock(fd: int, kind: int, offset: int, command: int) -> bytes:
-    """Lock, unlock or query the byte at `offset`, far behind the data, by open-file-description lock (Linux 3.15)."""
+    """Lock, unlock or query a byte by open-file-description lock (Linux 3.15); return the kernel's `struct flock`."""
     return fcntl.fcntl(fd, command, struct.pack("hhqqi4x", kind, os.SEEK_SET, offset, 1, 0))
 
 
@@ -2120,7 +2119,7 @@ def _memory_shortage(size: int) -> str:
 
 
 def _space_shortage(directory: str, size: int, must: bool = False) -> str:
-    """Return "" if the file system of a directory has `size` bytes free, else the reason; with `must` always that."""
+    """Return "" if the file system of a directory has `size` bytes free, else the reason; `must`: always a reason."""
     room = os.statvfs(directory)
     free = room.f_bavail * room.f_frsize
     if not must and (size <= free or not room.f_blocks):  # a tmpfs without a limit has 0 blocks here
@@ -2258,15 +2257,13 @@ class Segment(Memory):
     `map_fd`. A forked child shares that, so locks on it would outlive our process. `map_fd` also maps more of the file
     later, when the path may lead elsewhere, or the process may have lost the right to open it.
 
-    `Segment(path)` opens the file and locks its name. Then the caller maps it (`map`) or makes it (`make`) and unlocks
-    its name, or closes it.
+    `Segment(path)` opens the file and locks its name. The caller must `map` or `make` it and `unlock_name`, or `close`.
     """
 
     def __init__(self, path: str, *, make: bool = False, wait: bool = True) -> None:
         """Open the file at `path`, or with `make` a new, empty one, and lock its name.
 
-        FileNotFoundError, or FileExistsError with `make`, as `os.open` raises it. BlockingIOError if another process
-        has the lock and `wait` is false.
+        FileNotFoundError, with `make` FileExistsError. BlockingIOError if not `wait` and another process has the lock.
         """
         self.path = path
         self.header: SegmentHeader
@@ -2372,8 +2369,7 @@ class Segment(Memory):
     def _reserve_space(self, header: SegmentHeader, progress: Progress | None) -> None:
         """Allocate every page now: a file that only looks large enough kills with SIGBUS at the first touch.
 
-        Segments that dead processes left are removed if space is short. Limits are checked again for every chunk, as
-        other processes go on using memory.
+        Leftovers of dead processes are removed if space is short. Limits are checked for each chunk: others use memory.
         """
         geometry = header.geometry
         has_ghosts = header.first_policy == EvictionPolicy.ADAPTIVE.value
@@ -2418,8 +2414,8 @@ class Segment(Memory):
         self.memory[: len(CACHE_MAGIC)] = CACHE_MAGIC
 
     def note_boot_locked(self) -> None:
-        """Set DIRTY for an nvme pool after a boot: pages of its index may never have reached the disk. The header has
-        the last few boots, as containers of one boot may have ids of their own. The caller must hold the lock."""
+        """Set DIRTY for an nvme pool at the first lock after a boot. The caller must hold the lock."""
+        # Pages of the index may never have reached the disk. Containers of one boot may differ in its id: keep a few.
         boot = _boot_id()
         known = self.words[BOOT_ID : BOOT_ID + NUM_BOOT_IDS].tolist()
         if boot and boot not in known and self.header.config.tier == "nvme":
@@ -2652,7 +2648,7 @@ def _not_zero(column: bytes) -> list[int]:
 class EntryTable:
     """The records of a segment, with a chain of slots for every hash of a key and of a prefix.
 
-    The caller must hold the pool's lock, except for `find`, `find_use`, `is_current` and `state`.
+    The caller must hold the pool's lock, except for `find`, `find_use`, `is_current`, `state` and `copy`.
     """
 
     def __init__(self, memory: Memory, geometry: Geometry) -> None:
@@ -2956,8 +2952,7 @@ class EntryTable:
         """Return the slots in the key chains from number `first` on, and the number of the next chain.
 
         It stops after about `budget` slots, in groups of 64 chains, or after MAX_CHAINS_A_STEP chains. The last chain
-        is num_slots - 1. A sweep in steps over all chains sees every key exactly once that is there throughout, for an
-        overwritten key stays in its chain.
+        is num_slots - 1. A sweep over all chains sees a key that is there throughout just once: it stays in its chain.
         """
         halves, heads = self.halves, self._key_heads
         slots: list[int] = []
@@ -3060,7 +3055,7 @@ class EntryTable:
             words[(records + slot * HALVES_PER_RECORD) >> 1] = COMPLETE | generation << 32
 
     def rebuild(self, entries: Iterable[int], others: Iterable[int]) -> None:
-        """Rebuild chains, free list and counters: `entries` exist, `others` are busy, the rest is free.
+        """Rebuild chains, free list and counters: `entries` exist, `others` are WRITING or CONDEMNED.
 
         All other records must be FREE already. It takes about 1 us a slot, column by column.
         """
@@ -3170,9 +3165,9 @@ def copied_key(copy: bytes) -> str:
 class Pins:
     """The pins of all sessions, as the segment has them, and the pins and writes of this handle, by token.
 
-    A slot is pinned if an open session has a bit in its record, or names it in the session table. `held` is the truth
-    about this handle: its bits and its name agree with it between calls. A process that dies leaves its bits, its name
-    and its WRITING records; `Index.settle_dead` frees them. The caller must hold the lock, but for `name`.
+    A slot is pinned if an open session has a bit in its record, or names it: its word of the session table is the slot.
+    `held` is the truth about this handle; bits and name agree with it between calls. A dead process leaves bits, name
+    and WRITING records; `Index.settle_dead` clears them. The caller must hold the lock, but for `name`.
     """
 
     def __init__(self, table: EntryTable) -> None:
@@ -3207,7 +3202,7 @@ class Pins:
         self.words[self._pids + session] = 0
 
     def act_for(self, session: int) -> None:
-        """Set the pins of `session` from now on."""
+        """Pin for `session` from now on."""
         self.session = session
         self._own_bits = self._bits + (session >> 5)  # of slot 0; those of other slots lie whole records further
         self._own_bit = 1 << (session & 31)
@@ -3421,7 +3416,7 @@ class Space:
         self.memory, self.words = memory.memory, memory.words
         self.geometry = geometry
         self.is_alive = is_alive
-        self._unfinished = 0
+        self._unfinished = 0  # the value of DIRTY after a change
         self._is_rebuilding = False  # if True, derived data is left to the rebuild
         self._data_offset, self._block_size = geometry.data_offset, geometry.block_size
         self.table = EntryTable(memory, geometry)
@@ -3453,7 +3448,7 @@ class Space:
         self._unfinished = 0
         self.words[DIRTY] = 0
 
-    # --- room ---------------------------------------------------------------------------------------------------------
+    # --- space for a value --------------------------------------------------------------------------------------------
 
     def is_full(self, old: int = 0, num_more: int = 0) -> bool:
         """Return True if a new value needs another entry evicted; if it replaces `old`, only if no slot is free.
@@ -3467,8 +3462,7 @@ class Space:
     def _find_room(self, old: int, num_blocks: int, num_more: int = 0) -> tuple[int, int] | None:
         """Return (start of `num_blocks` free blocks, `old`, or 0 if it had to go first); a slot is free then, too.
 
-        `old`: the entry that the value is going to replace, or 0. Evict and move entries where needed. None, and
-        nothing has changed, if pins are in the way.
+        `old`: the entry to replace, or 0. Evicts and moves entries if needed. None, and no change, if pins prevent it.
         """
         words = self.words
         full = self.is_full(old, num_more)
@@ -3672,8 +3666,7 @@ class Space:
     def _drop(self, slot: int) -> bool:
         """Remove an entry. Return False if it is pinned: its blocks are freed once its last pin ends."""
         table, words = self.table, self.words
-        # A reader without the lock pins and then reads the seal; it unpins and then looks for CONDEMNED. So write the
-        # state first and read the pins second.
+        # Write the state, then read the pins. A reader pins, then reads the seal; it unpins, then reads the state.
         table.set_state(slot, CONDEMNED)
         _new_lock().acquire()
         pinned = self.pins.is_pinned(slot)
@@ -3725,7 +3718,7 @@ class Space:
         """Free every record that no live session pins or writes; return True if there was any.
 
         About 1 us a session. If values are being stored, or deleted ones are not freed yet, it also makes a pass over
-        all records, 0.03 us each. `only_signs`: that pass only if a reader or a dead session has left a sign.
+        all records, 0.03 us each. `only_signs`: that pass only if UNREAD is set.
         """
         found = self.reclaim_dead()
         if self.words[UNREAD] or (not only_signs and self.others_write()):
@@ -3741,7 +3734,7 @@ class Space:
         return {number: pid for number, pid in self.pins.sessions().items() if not self.is_alive(number)}
 
     def settle_dead(self, dead: Iterable[int], among: range | None = None, is_last: bool = True) -> None:
-        """Clear the pins and writes of dead sessions in some slots, or in all; `is_last`: free their numbers, too."""
+        """Clear the pins and writes of dead sessions in some slots, or in all; `is_last`: end the sessions too."""
         for session in dead:
             self.pins.end_name(session)
         self.settle(dict.fromkeys(dead, ((), ())), among)
@@ -3761,9 +3754,8 @@ class Space:
         self.pins.leave(session)
 
 
-# Of a path that is being reserved: the number of entries that it is going to add; CHANGES after the last part, None if
-# it has changed since the first one, or if a value of the path replaces another. While CHANGES stays the same, none of
-# the values that were missing can be there.
+# Between two parts of a path that is reserved: the number of entries that it will add; CHANGES after the last part,
+# None if others have changed it or a value replaces another. While CHANGES is the same, no missing value can be there.
 PathSoFar = tuple[int, "int | None"]
 
 
@@ -3877,7 +3869,7 @@ class Index(Space):
             yield use & 0xFFFFFFFF if self.table.is_current(use) else self.table.find(key)
 
     def touch(self, uses: Sequence[int], keys: Sequence[bytes], counts: bool, ends_prompt: bool, least: Least) -> Least:
-        """Queue a part of a path, see `EvictionOrder.touch_path`; `counts`: count a use of each entry."""
+        """Queue a part of a path as `EvictionOrder.touch_path` does, return its `least`; `counts`: count uses."""
         return self._touch(list(filter(None, self._resolve(uses, keys))), counts, ends_prompt, least)
 
     def _touch(
@@ -3890,7 +3882,7 @@ class Index(Space):
         return least
 
     def use_path(self, uses: Sequence[int], keys: Sequence[bytes], least: Least) -> Least:
-        """Count the hits of a part of a path, and a miss if it has more keys than uses; queue its entries."""
+        """Count the hits of a part of a path, and a miss if it has more keys than uses; queue it as `touch` does."""
         self._count_hits(len(uses), len(keys))
         return self._touch(list(filter(None, self._resolve(uses, keys))), least=least)
 
@@ -3902,7 +3894,7 @@ class Index(Space):
         return list(map(self.table.place, slots))
 
     def open_path(self, uses: Sequence[int], keys: Sequence[bytes], token: int) -> list[tuple[int, int]]:
-        """Do the work of `hold_path` and `use_path`, for a path that is one part."""
+        """Do the work of `hold_path` and `use_path` for a path of one part; return (offset, size) of each value."""
         places = self.hold_path(uses, keys, token)
         slots = self.pins.held.get(token, ())
         self._count_hits(len(slots), len(keys))
@@ -3930,8 +3922,7 @@ class Index(Space):
         """Return ((offset, size) of a place for each value of a part of a path, None if it is there; `so_far`).
 
         There means: with that size, dtype and shape. The first value is written, or pinned, by `token`, the next by
-        `token` + 1, and so on. The list is shorter if no more can be stored. `so_far`: None for the first part, for
-        others what the part before returned.
+        `token` + 1, and so on. The list is shorter if no more can be stored. `so_far`: of the part before, or None.
         """
         table, words = self.table, self.words
         places: list[tuple[int, int] | None] = []
@@ -3964,7 +3955,7 @@ class Index(Space):
         `checksums`: token -> CRC-32 of the values written. The deepest is committed first, so others find no part of
         the new run before its head is there. Parts of a path go the same way, with `least` as in `touch`. If another
         process has stored a value of that size, dtype and shape meanwhile, its value stays and ours is freed.
-        `changes`: that of `PathSoFar`, and for the next part what this one returns.
+        `changes`: that of `PathSoFar`. Return (`least`, `changes`) for the next part.
         """
         table, pins, queued = self.table, self.pins, []
         are_missing = changes == self.words[CHANGES]
@@ -4404,8 +4395,7 @@ _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 def _describe_saved(copy: bytes, names: set[str], crc32: int, begin: int) -> tuple[str, str]:
     """Return (the item of "cortex_entries", the tensor) of a copied entry, as JSON; add its tensor's name to `names`.
 
-    The text is joined by hand, from the bytes: a CacheEntry and `json.dumps` take five times as long, which is noticed
-    with 100,000 small entries.
+    The text is joined by hand: a CacheEntry and `json.dumps` take five times as long, noticed with 100,000 entries.
     """
     key, prefix, tensor, _, size, created, accessed, count, priority, tokens, layer = read_copy(copy)
     name, key_text = key, encode_basestring(key)
@@ -4440,7 +4430,7 @@ _ESCAPED = re.compile(rb'[\0-\x1f"\\\x7f]')
 
 
 def header_room(texts: bytes) -> int:
-    """Return enough bytes for the part of the header on an entry, from its key and all its texts."""
+    """Return an upper bound on the bytes of an entry in the header, from its key, prefix hash and tensor text."""
     # The key is there three times, and twice in JSON within JSON.
     return 300 + (32 if _ESCAPED.search(texts) else 4) * len(texts)
 
@@ -4472,8 +4462,7 @@ def write_snapshot(
     `copies` are as `KVCachePool._copy_all` makes them. `read` opens the values, `total` bytes as far as is known. A key
     that has gone meanwhile is left out. The header comes first in the file but is known last. So space is kept for it,
     `room` bytes for the entries, and filled up with spaces, as the format allows. The temporary file has a fixed name
-    and is locked. Two writers to one path take turns, and the file of a killed writer is reused. A link of that name is
-    refused: it leads to a file that is none of ours.
+    and is locked: two writers take turns, and the file of a killed one is reused. A link is refused, it is not ours.
     """
     directory, base = os.path.split(os.path.abspath(path))
     temporary = os.path.join(directory, f".{base}.tmp")
@@ -4552,6 +4541,7 @@ def _write_values(
     checksums: _Checksums,
     progress: Progress | None,
 ) -> int:
+    """Write the values, then the header in front of them; return how many entries there are: see `write_snapshot`."""
     room = (room + 8192 + 8 * len(_snapshot_header(config, [], []))) // 8 * 8
     file.seek(8 + room)
     names: set[str] = set()
@@ -4668,6 +4658,7 @@ class Snapshot:
             raise CorruptionError(f"the header of {self.path} is damaged or not for a pool: {why}") from None
 
     def _take_header(self, raw: bytes, file_bytes: int) -> None:
+        """Check the JSON header; set `config`, `num_described` and `entries` from it."""
         data_at = 8 + len(raw)
         header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
         metadata = header.pop("__metadata__", None)
@@ -4803,7 +4794,7 @@ def snapshot_meta(entry: CacheEntry) -> EntryMeta:
 # Pool
 # ======================================================================================================================
 
-_open_pools: weakref.WeakSet[_Handle] = weakref.WeakSet()
+_open_pools: weakref.WeakSet[_Handle] = weakref.WeakSet()  # the handles of this process
 # Handles that are closed or garbage while something made from one of their views lives. They keep their session.
 _lent_out: set[_Handle] = set()
 # The weak references to all views of each handle, by id of their mapping. A garbage collection that finds a handle in a
@@ -4897,7 +4888,7 @@ def _open_segment(
     exclusive: bool = False,
     progress: Progress | None = None,
 ) -> Segment | None:
-    """Open a segment, or make it if `create`; else return None. PoolExistsError if `exclusive` and it is there."""
+    """Return the segment, opened, or made if `create`; else None. PoolExistsError if `exclusive` and it is there."""
     check_name(name)
     if sys.platform != "linux":
         raise UnsupportedError(f"pools need Linux (open-file-description locks, {SHM_DIR}); this is {sys.platform}")
@@ -5093,7 +5084,7 @@ class _Handle:
         # To settle at the next lock: tokens of calls that were cut off by an error or interrupt; references to views
         # whose last user has gone; 0 for anything else. An except block appends to it before all else. That is one
         # call of C code, so no second interrupt comes in before it is over.
-        self._due: deque[int | _ViewRef] = deque([0])  # becomes a session at the first lock
+        self._due: deque[int | _ViewRef] = deque([0])  # so the first lock takes a session
         self._memory, self._words = segment.memory, segment.words
         self._policy = 0  # the header word POLICY, as it was last seen
         self._is_lock_free = LOADS_IN_ORDER and not geometry.num_recorded  # a recorded access needs the lock
@@ -5149,7 +5140,7 @@ class _Handle:
                 return work(self._index, *args)
             except CacheError:
                 raise
-            except (IndexError, ValueError, OverflowError) as error:  # somebody else has written into the index
+            except (IndexError, ValueError, OverflowError) as error:  # another program has written into the index
                 self._due.append(0)
                 self._words[DIRTY] = 1
                 raise CorruptionError(
@@ -5242,8 +5233,7 @@ class _Handle:
     def _sweep(self, work: Callable[[Index, int], _R]) -> list[_R]:
         """Return the result of `work` for the slot of each entry: a scan under the lock, which others get in between.
 
-        An entry that is there throughout is seen exactly once, also if it is overwritten meanwhile. The results are as
-        of slightly different moments.
+        An entry that is there throughout is seen once, also if it is overwritten. The results are of different moments.
         """
         found: list[_R] = []
         chain, end = 0, self._geometry.num_slots
@@ -5596,6 +5586,7 @@ class _Handle:
             _adopt_pools()  # which ends a closed handle of the parent
 
     def _shut(self, wait: bool) -> None:
+        """Close the segment, drop all that refers to it, remove an unused transient pool; `wait`: for its name lock."""
         segment, self._segment = self._mapped, None
         _lent_out.discard(self)
         self._view_refs.clear()
@@ -5622,6 +5613,8 @@ class _Handle:
         self._remove_name(wait=True)
 
     def _remove_name(self, wait: bool, only_if_unused: bool = False) -> None:
+        """Unlink the file of this pool, if it is still there; `wait`: for the lock of its name."""
+
         def is_ours(header: SegmentHeader | None) -> bool:
             return header is not None and header.identity == self._identity  # not a later pool of that name
 
@@ -6135,9 +6128,8 @@ class _Paths(_Handle):
     def touch(self, keys: Sequence[str], ends_prompt: bool = False) -> int:
         """Count a use of each entry of a path, up to the first missing one; return how many were counted.
 
-        Under every policy the deepest entry is evicted first, and a parent never before its child. `ends_prompt=True`
-        tells the policy adaptive that the last key holds the end of a prompt, which is seldom used again. Takes the
-        lock once for each 256 keys, for about 2 us a key.
+        Under every policy a child is evicted before its parent. `ends_prompt=True` tells the policy adaptive that the
+        last key holds the end of a prompt, seldom used again. Takes the lock once for each 256 keys, about 2 us a key.
         """
         encoded = encode_keys(keys)
         self._check_open()
@@ -6422,6 +6414,7 @@ class KVCachePool(_Paths):
         return self._store(encoded, data, size, checked, if_absent)
 
     def _store(self, key: bytes, data: Any, size: int, meta: EntryMeta, if_absent: bool = False) -> bool:
+        """Store a value and return as `put` does: a small one under one lock, a large one copied outside the lock."""
         token = 0
         try:
             if size <= COPY_UNDER_LOCK:
@@ -6801,7 +6794,7 @@ class KVCachePool(_Paths):
                 f"pool {self.name!r} has policy {policy.value}: call set_eviction_policy('adaptive') first"
             )
 
-    # --- care --------------------------------------------------------------------------------------------------------
+    # --- checking and defragmenting ----------------------------------------------------------------------------------
 
     def check(self, fix: bool = False) -> list[str]:
         """Compare all derived data with the records; return the problems found, none for a sound pool.
@@ -6900,6 +6893,8 @@ def _take_back(views: Iterable[memoryview], owner: memoryview) -> bool:
             is_unused = False
     return is_unused
 
+
+# --- buffers and tensors ----------------------------------------------------------------------------------------------
 
 # A buffer format (PEP 3118) without objects and pointers: O, P, &, X{} for functions, z and Z for text in ctypes. A
 # name stands between colons and may hold any letter. Zf, Zd and Zg are complex numbers.
@@ -7066,6 +7061,9 @@ def as_tensor(view: memoryview, dtype: str, shape: tuple[int, ...], framework: s
     return _library("numpy").frombuffer(view if is_writable else view.toreadonly(), dtype=name).reshape(shape)
 
 
+# --- restoring a snapshot ---------------------------------------------------------------------------------------------
+
+
 def _restore_order(config: CachePoolConfig, snapshot: Snapshot, items: list[SnapshotEntry]) -> list[SnapshotEntry]:
     """Return the items in the order of eviction of a pool's policy, so that the right ones stay if space is short."""
     policy = EvictionPolicy(config.eviction_policy)
@@ -7171,6 +7169,9 @@ def restore_snapshot(
                 snapshot.verify(progress=progress)  # names the first damaged entry in the order of the file
             raise
         return pool, sum(key in pool for key in stored), snapshot.num_described
+
+
+# --- the end of a process, and forks ----------------------------------------------------------------------------------
 
 
 @atexit.register
@@ -7570,8 +7571,7 @@ class PrefixCache:
     def insert(self, hashes: Sequence[str], blocks: Sequence[Any], priority: int = 0) -> int:
         """Store the block of each hash that is not there yet; return how many were stored.
 
-        A block is bytes, a numpy array, a torch tensor, or a dict, list, str or number, which is kept as JSON. Stops at
-        the first block that does not fit.
+        A block is bytes, an array of numpy or torch, or JSON: a dict, list, str, number. Stops if one does not fit.
         """
         check_keys(hashes)
         check_list("blocks", blocks, len(hashes))
@@ -8144,7 +8144,7 @@ def replay(
 
 
 def _replay_optimum(requests: Sequence[Sequence[int]], capacity: int, blocks: Mapping[int, int]) -> tuple[int, int]:
-    """Return the same if the victims are the blocks whose next use is farthest away (Belady, 1966)."""
+    """Return as `replay` does. The victims are the blocks whose next use is farthest away (Belady, 1966)."""
     never = len(requests)
     next_use: list[list[int]] = []
     seen: dict[int, int] = {}
@@ -8201,7 +8201,7 @@ def _out(text: str) -> None:
 
 def _say(text: str) -> None:
     """Write a message to stderr."""
-    with contextlib.suppress(OSError):  # nobody can read it, but the command has done its work
+    with contextlib.suppress(OSError):  # stderr can't be written, but the command has done its work
         sys.stderr.write(text + "\n")
 
 

@@ -70,6 +70,9 @@ KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 OVERHEAD = HEADER_SIZE + BITMAP_SIZE
 MODULE = str(Path(kv.__file__).resolve())
 ALL_POLICIES = list(EvictionPolicy)
+# Sweeps over every write, or every line, take each third one, another of the three for every test; all with SWEEP_STEP=1,
+# as `.ci/run` does once.
+SWEEP_STEP = int(os.environ.get("SWEEP_STEP", "3"))
 # The shell in a process of its own. By -m, and with bytecode that is kept: else each would compile the module anew.
 SHELL = [sys.executable, "-m", "kv_cache_manager"]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(MODULE).parent), os.environ.get("PYTHONPATH")]))
@@ -293,6 +296,11 @@ def fused(pool: KVCachePool, fuse: Fuse, join: bool = True) -> Iterator[None]:
     finally:
         for (owner, name), original in zip(places, originals, strict=True):
             setattr(owner, name, original)
+
+
+def sweep(name: object, count: int) -> range:
+    """The writes, of `count`, at which a test is to interrupt or kill: see SWEEP_STEP."""
+    return range(1 + zlib.crc32(str(name).encode()) % SWEEP_STEP, count + 1, SWEEP_STEP)
 
 
 def die() -> None:
@@ -1667,9 +1675,7 @@ class TestCrashes:
     def test_killed_at_every_write(self, name: str, policy: EvictionPolicy) -> None:
         fill, operation, may_change = OPERATIONS[name]
         record = 3 if policy is EvictionPolicy.ADAPTIVE else 0
-        # All of them under LRU; the other policies differ in the order only: every third one, by turns.
-        step = 1 if policy is EvictionPolicy.LRU else 3
-        for n in range(1 + ALL_POLICIES.index(policy) % step, count_writes(name, policy, record) + 1, step):
+        for n in sweep((name, policy), count_writes(name, policy, record)):
             with make_pool(64, eviction_policy=policy.value, record=record) as pool:
                 fill(pool)
                 before = contents(pool)
@@ -1685,7 +1691,7 @@ class TestCrashes:
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_interrupted_at_every_write(self, name: str) -> None:
         fill, operation, may_change = OPERATIONS[name]
-        for n in range(1, count_writes(name, EvictionPolicy.LRU) + 1):
+        for n in sweep(name, count_writes(name, EvictionPolicy.LRU)):
             with make_pool(64) as pool, KVCachePool.attach("pool") as other:
                 fill(pool)
                 before = contents(pool)
@@ -1701,10 +1707,10 @@ class TestCrashes:
     def test_killed_at_every_write_of_the_repair(self, name: str) -> None:
         fill, operation, may_change = OPERATIONS[name]
         middle = count_writes(name, EvictionPolicy.LRU) // 2
-        n = 0
+        n = 1 - SWEEP_STEP
         finished = False
         while not finished:
-            n += 1
+            n += SWEEP_STEP
             with make_pool(64) as pool:
                 fill(pool)
                 before = contents(pool)
@@ -1726,7 +1732,7 @@ class TestCrashes:
     def test_random_kills_under_load(self) -> None:
         """Four processes, killed again and again while they put, get, view, delete and evict, in a crowded pool."""
         with make_pool(256, max_entries=64) as pool:
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + (5 if SWEEP_STEP == 1 else 3)
             randomness = random.Random(1)
             workers: list[multiprocessing.Process] = []
             kills = 0
@@ -2198,7 +2204,7 @@ class TestSnapshot:
             pool.put("first", b"mine")
             for at in range(8 + struct.unpack_from("<Q", sound)[0]):
                 is_letter = sound[at : at + 1].isalpha()  # JSON knows some in both cases
-                for flip in {(0x01, 0x20, 0x80, 0xFF)[at % 4], 0x20 if is_letter else 0xFF}:
+                for flip in {(0x01, 0x20, 0x80, 0xFF)[at % 4], *((0x20,) if is_letter else ())}:
                     os.pwrite(file.fileno(), bytes([sound[at] ^ flip]), at)
                     try:
                         KVCachePool.restore(path)
@@ -3371,7 +3377,7 @@ class TestSetPolicy:
     def test_killed_at_every_write_it_is_one_policy_or_the_other(self, policy: str) -> None:
         expected = {"lru": list("dcba"), "fifo": list("dcba"), "adaptive": list("dcba")}
         seen = set()
-        for n in itertools.count(1):
+        for n in itertools.count(1, SWEEP_STEP):
             with make_pool(8) as pool:
                 self.fill(pool)
 
@@ -4755,7 +4761,7 @@ class TestClosedMeanwhile:
                     closer.join()
                 pool.close()
                 lines = max(lines, count)
-                at += 1 + lines // 60
+                at += 1 + lines // (90 // SWEEP_STEP)
                 keeper.unpin("k")
             assert_sound(keeper)
 
@@ -5133,7 +5139,7 @@ class TestReads:
                     elif action < 0.96:
                         die()
 
-        deadline = time.monotonic() + 4
+        deadline = time.monotonic() + (4 if SWEEP_STEP == 1 else 2)
         with make_pool(128, max_entries=30, eviction_policy=policy.value) as pool:
             context = multiprocessing.get_context("fork")
             workers: list[Any] = []
@@ -9038,7 +9044,7 @@ class TestReplay:
     @pytest.mark.parametrize("capacity", [5, 40, 300])
     def test_a_prefix_cache_gets_what_replay_says(self, policy: str, capacity: int) -> None:
         """Equal hits; but for adaptive, where which ghosts share a set depends on the keys."""
-        requests = self.trace(2)
+        requests = self.trace(2)[::SWEEP_STEP]
         config = make_config(blocks=capacity, block_size=512, max_entries=capacity, eviction_policy=policy)
         with KVCachePool(config) as pool:
             cache = kv.PrefixCache(pool, namespace="m", block_size=1)
@@ -9388,7 +9394,7 @@ class TestCommandLine:
     @pytest.mark.parametrize("option", ["-O", "-OO"])
     def test_commands_work_without_asserts_and_docstrings(self, option: str, store_dir: str, tmp_path: Path) -> None:
         def run(*args: str, stdin: bytes = b"") -> bytes:
-            command = [sys.executable, option, MODULE, *args]
+            command = [sys.executable, option, *SHELL[1:], *args]
             return subprocess.run(command, input=stdin, capture_output=True, timeout=60, check=True).stdout
 
         shown = run("--help").decode()
@@ -9409,7 +9415,7 @@ class TestCommandLine:
     @pytest.mark.slow
     def test_closed_standard_streams(self, store_dir: str) -> None:
         """Whatever is closed, what was asked for is done, and no file of a pool becomes standard output."""
-        command = f"{shlex.quote(sys.executable)} {shlex.quote(str(MODULE))} --store {shlex.quote(store_dir)}"
+        command = f"{shlex.join(SHELL)} --store {shlex.quote(store_dir)}"
 
         def run(arguments: str) -> int:
             return subprocess.run(
@@ -9544,7 +9550,7 @@ class TestCommandLine:
         assert done.stdout.count(b"\n") == 3
 
     def test_ctrl_c_while_reading_exits_with_130_and_changes_nothing(self, pool):
-        command = [sys.executable, MODULE, "put", "p", "new"]
+        command = [*SHELL, "put", "p", "new"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stderr is not None
             try:
@@ -9574,7 +9580,7 @@ class TestCommandLine:
         reader, writer = os.pipe()
         os.close(reader)
         try:
-            done = subprocess.run([sys.executable, MODULE, *args], stdout=writer, stderr=subprocess.PIPE, check=False)
+            done = subprocess.run([*SHELL, *args], stdout=writer, stderr=subprocess.PIPE, check=False)
         finally:
             os.close(writer)
         assert (done.returncode, done.stderr) == (1, b"")
@@ -9590,7 +9596,7 @@ class TestCommandLine:
     def test_a_full_disk_behind_stdout_is_one_line(self, pool, args, monkeypatch):
         monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
         with open("/dev/full", "wb") as full:
-            done = subprocess.run([sys.executable, MODULE, *args], stdout=full, stderr=subprocess.PIPE, check=False)
+            done = subprocess.run([*SHELL, *args], stdout=full, stderr=subprocess.PIPE, check=False)
         assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
         assert b"No space left on device" in done.stderr
 

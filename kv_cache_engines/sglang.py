@@ -61,14 +61,14 @@ class PoolHiCache(HiCacheStorage):  # type: ignore[misc]
     def __init__(self, storage_config: Any, kwargs: dict[str, Any] | None = None) -> None:
         config, extra = storage_config, dict(storage_config.extra_config or {})
         self._has_warned = False
-        self._scope = [
+        self._scope = [  # of a page's key: all but its hash and the layout of host memory
             str(extra.get("namespace") or config.model_name or ""),
             f"pp {config.pp_rank} of {config.pp_size}",
             f"cp {config.attn_cp_rank} of {config.attn_cp_size}",
         ]
         if not config.is_mla_model:
             self._scope.append(f"tp {config.tp_rank} of {config.tp_size}")
-        self._root = ""
+        self._root = ""  # the digest of scope and host memory that ends every key
         store, name = CacheStore(extra.get("store")), str(extra.get("pool", "sglang"))
         changes = {key: extra[key] for key in ("tier",) if key in extra}
         if "policy" in extra:
@@ -186,7 +186,7 @@ class PoolHiCache(HiCacheStorage):  # type: ignore[misc]
 
     @_or(lambda *_: None)
     def clear(self) -> None:
-        """Delete the pages of this scope; the pool may hold those of other engines."""
+        """Delete the pages whose keys end with our root; the pool may hold those of other engines."""
         for entry in self.pool.find_by_prefix(self._root):
             self.pool.delete(entry.key)
 
