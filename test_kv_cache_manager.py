@@ -7839,13 +7839,13 @@ class TestForModel:
             model = with_lora(make_model())
             cache: Any = self.cache_for(pool, model)
             cache.match(self.TOKENS)
-            kept = dict(cache._digests)
+            kept = dict(cache._context._digests)
             assert len(kept) == 2 * 2 * 2
             cache.match(self.TOKENS)
-            assert cache._digests == kept
+            assert cache._context._digests == kept
             model.delete_adapter("default")
             gc.collect()
-            assert cache._digests == {}
+            assert cache._context._digests == {}
 
     def test_virtual_tokens_are_refused(self) -> None:
         peft = pytest.importorskip("peft", reason="peft is not installed: tests with adapters are left out")
