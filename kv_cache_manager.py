@@ -3741,6 +3741,24 @@ class Space:
         for session in dead if is_last else ():
             self.leave(session)
 
+    def settle_own(self, tokens: Collection[int]) -> None:
+        """Forget these tokens, whose calls were cut off, and clear the pins and writes that no other token holds.
+
+        It makes a pass over all records, 0.03 us a slot, only if there are many slots, or one is not known. That is so
+        after an interrupt inside a call, but not after an error in a block that reads or writes a value.
+        """
+        pins = self.pins
+        slots = pins.forget(tokens)
+        held: dict[int, tuple[Container[int], Container[int]]] = {pins.session: (pins.counts, pins.written())}
+        is_everywhere = 0 in slots or len(slots) > KEYS_A_LOOK
+        for among in (self.table.used(),) if is_everywhere else (range(slot, slot + 1) for slot in slots):
+            self.settle(held, among)
+
+    def settle_dead_again(self, dead: Mapping[int, int], among: range, is_last: bool = False) -> None:
+        """Do one step of `settle_dead` for the sessions in `dead` that are still there: others may do the same."""
+        left = [session for session, pid in self.dead_sessions().items() if dead.get(session) == pid]
+        self.settle_dead(left, among, is_last)
+
     def reclaim_dead(self) -> bool:
         """Clear the pins and writes of sessions whose process has died; return True if there was such a session."""
         dead = self.dead_sessions()
@@ -4122,26 +4140,6 @@ class Index(Space):
         self.blocks.free_locked(*extent)
         self.order.replace(slot)
         words[PUTS] = words[PUTS] + 1
-
-    # --- settling cut-off calls --------------------------------------------------------------------------------------
-
-    def settle_own(self, tokens: Collection[int]) -> None:
-        """Forget these tokens, whose calls were cut off, and clear the pins and writes that no other token holds.
-
-        It makes a pass over all records, 0.03 us a slot, only if there are many slots, or one is not known. That is so
-        after an interrupt inside a call, but not after an error in a block that reads or writes a value.
-        """
-        pins = self.pins
-        slots = pins.forget(tokens)
-        held: dict[int, tuple[Container[int], Container[int]]] = {pins.session: (pins.counts, pins.written())}
-        is_everywhere = 0 in slots or len(slots) > KEYS_A_LOOK
-        for among in (self.table.used(),) if is_everywhere else (range(slot, slot + 1) for slot in slots):
-            self.settle(held, among)
-
-    def settle_dead_again(self, dead: Mapping[int, int], among: range, is_last: bool = False) -> None:
-        """Do one step of `settle_dead` for the sessions in `dead` that are still there: others may do the same."""
-        left = [session for session, pid in self.dead_sessions().items() if dead.get(session) == pid]
-        self.settle_dead(left, among, is_last)
 
     # --- repairing and checking --------------------------------------------------------------------------------------
 

@@ -9728,6 +9728,16 @@ class TestDocs:
         for path, made in runpy.run_path(str(DOCS / "make_reference.py"))["pages"]().items():
             assert path.read_text() == made, f"{path} is not up to date: run docs/make_reference.py"
 
+    def test_the_attributes_that_the_stub_names_are_there(self, store_dir: str) -> None:
+        attributes = runpy.run_path(str(DOCS / "make_reference.py"))["ATTRIBUTES"]
+        with make_pool() as pool:
+            objects = [pool, kv.PrefixCache(pool, namespace="m"), CacheStore(store_dir), BitmapAllocator(8)]
+            objects.append(KVCacheCLI(store_dir))
+            assert {type(each).__name__ for each in objects} == set(attributes)
+            for each in objects:
+                for name, _, kind in (text.partition(": ") for text in attributes[type(each).__name__]):
+                    assert type(getattr(each, name)).__name__ == kind
+
     def test_every_public_name_and_statistic_is_documented(self) -> None:
         text = (DOCS / "api.md").read_text()
         for name in kv.__all__:

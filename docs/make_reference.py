@@ -139,7 +139,7 @@ def heading(title: str, name: str, function: Any) -> Iterator[str]:
 ATTRIBUTES = {
     "KVCachePool": ["name: str", "store_path: str"],
     "CacheStore": ["store_path: str"],
-    "PrefixCache": ["pool: KVCachePool", "namespace: str", "block_size: int"],
+    "PrefixCache": ["pool: KVCachePool", "block_size: int", "verify: bool"],
     "BitmapAllocator": ["num_blocks: int", "num_bytes: int"],
     "KVCacheCLI": ["store: CacheStore"],
 }

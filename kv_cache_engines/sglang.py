@@ -70,7 +70,9 @@ class PoolHiCache(HiCacheStorage):  # type: ignore[misc]
             self._scope.append(f"tp {config.tp_rank} of {config.tp_size}")
         self._root = ""  # the digest of scope and host memory that ends every key
         store, name = CacheStore(extra.get("store")), str(extra.get("pool", "sglang"))
-        changes = {key: extra[key] for key in ("tier",) if key in extra}
+        changes: dict[str, Any] = {}
+        if "tier" in extra:
+            changes["tier"] = extra["tier"]
         if "policy" in extra:
             changes["eviction_policy"] = extra["policy"]
         if "block_size" in extra:

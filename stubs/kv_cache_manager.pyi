@@ -188,8 +188,8 @@ class PoolNotFoundError(CacheError):
     ...
 class PrefixCache:
     pool: KVCachePool
-    namespace: str
     block_size: int
+    verify: bool
     def __init__(self, pool: KVCachePool, *, namespace: str, block_size: int = ..., salt: str = ..., verify: bool = ..., extra: str | Sequence[str] = ..., context: KVContext | None = ...) -> None: ...
     @classmethod
     def for_model(cls, pool: KVCachePool, model: Any, *, namespace: str, block_size: int = ..., salt: str = ..., verify: bool = ..., extra: str | Sequence[str] = ...) -> PrefixCache: ...
