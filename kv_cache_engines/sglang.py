@@ -17,38 +17,15 @@ not install without CUDA. Not run on a GPU. Hybrid models (Mamba, sliding window
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import logging
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferResult
 
-from kv_cache_manager import CacheError, CachePoolConfig, CacheStore, PoolExistsError, parse_size
+from kv_cache_engines import digest_of, fitting, miss_on_error, open_pool
 
-_log = logging.getLogger(__name__)
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _or(otherwise: Callable[..., Any]) -> Callable[[_Method], _Method]:
-    """Return a decorator: a method whose pool can't be reached returns `otherwise(*args)`, and warns the first time."""
-
-    def decorate(method: Any) -> Any:
-        @functools.wraps(method)
-        def guarded(self: PoolHiCache, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return method(self, *args, **kwargs)
-            except CacheError as error:
-                if not self._has_warned:
-                    self._has_warned = True
-                    _log.warning("the pool of SGLang's HiCache can't be used, every page is a miss: %s", error)
-                return otherwise(*args)
-
-        return guarded
-
-    return decorate
+with fitting("sglang"):
+    from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferResult
 
 
 def _none(keys: Sequence[str], *_: Any) -> list[bool]:
@@ -60,7 +37,6 @@ class PoolHiCache(HiCacheStorage):  # type: ignore[misc]
 
     def __init__(self, storage_config: Any, kwargs: dict[str, Any] | None = None) -> None:
         config, extra = storage_config, dict(storage_config.extra_config or {})
-        self._has_warned = False
         self._scope = [  # of a page's key: all but its hash and the layout of host memory
             str(extra.get("namespace") or config.model_name or ""),
             f"pp {config.pp_rank} of {config.pp_size}",
@@ -69,29 +45,13 @@ class PoolHiCache(HiCacheStorage):  # type: ignore[misc]
         if not config.is_mla_model:
             self._scope.append(f"tp {config.tp_rank} of {config.tp_size}")
         self._root = ""  # the digest of scope and host memory that ends every key
-        store, name = CacheStore(extra.get("store")), str(extra.get("pool", "sglang"))
-        changes: dict[str, Any] = {}
-        if "tier" in extra:
-            changes["tier"] = extra["tier"]
-        if "policy" in extra:
-            changes["eviction_policy"] = extra["policy"]
-        if "block_size" in extra:
-            changes["block_size"] = parse_size(str(extra["block_size"]))
-        size, max_entries = parse_size(str(extra.get("size", "1G"))), int(extra.get("max_entries", 100_000))
-        pool = store.get(name)
-        while pool is None:
-            try:
-                pool = store.create(CachePoolConfig(name, size, max_entries=max_entries, **changes))
-            except PoolExistsError:  # another rank was first
-                pool = store.get(name)
-        self.pool = pool
+        self.pool = open_pool(extra, "sglang")
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         super().register_mem_pool_host(mem_pool_host)
         host = mem_pool_host  # its dtype and layout are known only now
         about = [str(host.dtype), host.layout, str(host.page_size), str(getattr(host, "storage_format_tag", None))]
-        texts = "".join(f"{len(text)}:{text}" for text in (*self._scope, *about))
-        self._root = hashlib.sha256(texts.encode()).hexdigest()[:16]
+        self._root = digest_of(*self._scope, *about)
 
     def _keys(self, pages: Sequence[str] | None) -> list[str]:
         return [f"{page}.{self._root}" for page in pages or ()]
@@ -105,7 +65,7 @@ class PoolHiCache(HiCacheStorage):  # type: ignore[misc]
         each = len(parts) // max(len(host_indices) // self.mem_pool_host.page_size, 1)
         return [parts[at : at + each] for at in range(0, len(parts), max(each, 1))]
 
-    @_or(_none)
+    @miss_on_error(_none)
     def batch_set_v1(self, keys: Sequence[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
         """Store the pages that are not there yet; return which of all are there now, a leading run."""
         pages, names = self._parts(host_indices), self._keys(keys)
@@ -120,7 +80,7 @@ class PoolHiCache(HiCacheStorage):  # type: ignore[misc]
             self.pool.touch(before + names[: len(targets)])
         return [True] * len(targets) + [False] * (len(names) - len(targets))
 
-    @_or(_none)
+    @miss_on_error(_none)
     def batch_get_v1(self, keys: Sequence[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
         """Copy pages into host memory, up to the first that is missing; return which."""
         done = 0
@@ -132,11 +92,11 @@ class PoolHiCache(HiCacheStorage):  # type: ignore[misc]
                 done += 1
         return [True] * done + [False] * (len(keys) - done)
 
-    @_or(lambda *_: 0)
+    @miss_on_error(lambda *_: 0)
     def batch_exists(self, keys: Sequence[str], extra_info: Any = None) -> int:
         return self.pool.count_path(self._keys(keys))
 
-    @_or(lambda *_: False)
+    @miss_on_error(lambda *_: False)
     def exists(self, key: str) -> bool:
         return self._keys([key])[0] in self.pool
 
@@ -145,7 +105,7 @@ class PoolHiCache(HiCacheStorage):  # type: ignore[misc]
 
     # --- one tensor at a time, which SGLang calls without interface v1 ------------------------------------------------
 
-    @_or(lambda *_: None)
+    @miss_on_error(lambda *_: None)
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
         with self.pool.view(self._keys([key])[0]) as view:
             if view is None:
@@ -162,7 +122,7 @@ class PoolHiCache(HiCacheStorage):  # type: ignore[misc]
         targets = target_locations or [None] * len(keys)
         return [self.get(key, target) for key, target in zip(keys, targets, strict=True)]
 
-    @_or(lambda *_: False)
+    @miss_on_error(lambda *_: False)
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
         data = _bytes_of(value.contiguous())
         return self.pool.put(self._keys([key])[0], data, if_absent=True, prefix_hash=self._root)
@@ -186,7 +146,7 @@ class PoolHiCache(HiCacheStorage):  # type: ignore[misc]
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    @_or(lambda *_: None)
+    @miss_on_error(lambda *_: None)
     def clear(self) -> None:
         """Delete the pages whose keys end with our root; the pool may hold those of other engines."""
         for entry in self.pool.find_by_prefix(self._root):
