@@ -5,6 +5,7 @@
     python3 bench.py               # put, get, view, miss, evicting put in one process; put and get in two
     python3 bench.py --contend     # 1, 2, 4 and 8 processes at once: get, view, count_path, put, 95 % get with 5 % put
     python3 bench.py --paths       # 128 blocks of one prompt in one call; PrefixCache.load beside torch.clone
+    python3 bench.py --hicache     # 32 pages of 2 MiB to and from SGLang's HiCache (sglang --no-deps, torch, pytest)
     python3 bench.py --scale       # cost of an operation with 1,000 ... 1,000,000 entries, every policy
     python3 bench.py --allocator   # the bitmap of 16 GiB, 95 % full and torn
     python3 bench.py --snapshot    # persist and restore beside cp and reading
@@ -326,6 +327,50 @@ def paths(args):
             show(**{"94 MB of KV": name, "ms": (us["", name] / 1000, us["", name] / us["", "torch.clone"])})
 
 
+def hicache(args):
+    import ctypes
+    import mmap
+
+    import torch
+
+    import test_engines as engines
+
+    engines.import_sglang()
+    count, size = 32, 2 << 20
+    host, indices = engines.Host(count), engines.indices(*range(count))
+    host.kv_buffer = torch.ones((2, count, size // 4), dtype=host.dtype)
+    parts = zip(*host.get_page_buffer_meta(indices), strict=True)
+    pages = [memoryview((ctypes.c_ubyte * length).from_address(at)).cast("B") for at, length in parts]
+    fresh, memory = [mmap.mmap(-1, count * size) for _ in range(15)], mmap.mmap(-1, count * size)
+
+    def copy_all(target, out):
+        at = 0
+        for page in pages:
+            here, there = memoryview(target)[at : at + len(page)], page
+            at += len(page)
+            (here if out else there)[:] = there if out else here
+
+    with folder() as place:
+        os.environ["CORTEX_CACHE_DIR"] = place
+        backend = engines.make_backend(host, size=str(16 * count * size))
+        names = [engines.keys_of(count, f"{number}-") for number in range(31)]
+        copy_all(memory, True)
+        works = {  # the first half of the puts touches each page of the pool for the first time
+            "copy to fresh memory": (lambda number: copy_all(fresh[number], True), range(15)),
+            "set fresh pages": (lambda number: backend.batch_set_v1(names[number], indices), range(15)),
+            "copy": (lambda _: copy_all(memory, True), range(15)),
+            "set pages": (lambda number: backend.batch_set_v1(names[number], indices), range(16, 31)),
+            "copy back": (lambda _: copy_all(memory, False), range(15)),
+            "get pages": (lambda number: backend.batch_get_v1(names[number], indices), range(16, 31)),
+            "exists pages": (lambda number: backend.batch_exists(names[number]), range(16, 31)),
+        }
+        us = take_turns({(name, ""): (work, list(keys)) for name, (work, keys) in works.items()}, turn=1)
+        backend.pool.unlink()
+    for name in works:
+        base = {"set fresh pages": "copy to fresh memory", "set pages": "copy", "get pages": "copy back"}.get(name)
+        show(**{"32 pages of 2 MiB": name, "ms": (us[name, ""] / 1000, us[name, ""] / us[base or name, ""])})
+
+
 def scale(args):
     print("us, and times that with 1,000 entries; values of one block, keys in random order")
     for policy in (policy.value for policy in kv.EvictionPolicy):
@@ -394,7 +439,7 @@ def cpu_name():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for mode in (contend, paths, scale, allocator, snapshot, attach):
+    for mode in (contend, paths, hicache, scale, allocator, snapshot, attach):
         parser.add_argument(f"--{mode.__name__}", dest="mode", action="store_const", const=mode, default=compare)
     parser.add_argument("--sizes", default="64K,512K,2M,16M", help="of values, for the comparison")
     parser.add_argument("--dir", default="/dev/shm", help="where snapshots go")
