@@ -1594,6 +1594,14 @@ def read_a_path(pool: KVCachePool) -> None:
 
 
 # name -> (fill, operation, keys that may come, change or go)
+def share_while_deleted(pool: KVCachePool) -> None:
+    pool.pin("old"), pool.pin("a")
+    pool.delete("old")
+    with pool.view_shared(pool.share(["old", "a"])) as views:
+        pool.unpin("old"), pool.unpin("a")
+        assert views == [payload("old", LARGE), payload("a", SMALL)]
+
+
 OPERATIONS: dict[str, tuple[Callable[[KVCachePool], None], Callable[[KVCachePool], Any], set[str]]] = {
     "put": (fill_roomy, lambda pool: pool.put("new", payload("new", SMALL), prefix_hash="p"), {"new"}),
     "put large": (fill_roomy, lambda pool: pool.put("new", payload("new", LARGE)), {"new"}),
@@ -1616,6 +1624,7 @@ OPERATIONS: dict[str, tuple[Callable[[KVCachePool], None], Callable[[KVCachePool
     "touch": (fill_roomy, lambda pool: pool.touch(["old", "a", "b", "c"], ends_prompt=True), set()),
     "put path": (fill_roomy, put_a_path, {"p1", "p2", "p3"}),
     "view path": (fill_roomy, read_a_path, set()),
+    "share": (fill_roomy, share_while_deleted, {"old"}),
     "get path into": (fill_roomy, lambda pool: pool.get_path_into(["a", "b"], [bytearray(SMALL), bytearray(1)]), set()),
     "set policy": (fill_roomy, lambda pool: pool.set_eviction_policy("fifo"), set()),
     "set policy adaptive": (fill_roomy, lambda pool: pool.set_eviction_policy("adaptive"), set()),
@@ -1698,7 +1707,7 @@ class TestCrashes:
                 before = contents(pool)
                 with fused(pool, Fuse(n, interrupt)), contextlib.suppress(KeyboardInterrupt):
                     operation(pool)
-                if name != "delete while pinned":  # there the pin is the caller's to take back
+                if name not in ("delete while pinned", "share"):  # there the pin is the caller's to end
                     assert_sound(other)
                 pool.unpin("old")
                 assert_consistent(pool, before, may_change, name)
