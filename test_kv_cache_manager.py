@@ -1709,7 +1709,7 @@ class TestCrashes:
                     operation(pool)
                 if name not in ("delete while pinned", "share"):  # there the pin is the caller's to end
                     assert_sound(other)
-                pool.unpin("old")
+                pool.unpin("old"), pool.unpin("a")
                 assert_consistent(pool, before, may_change, name)
 
     @pytest.mark.slow
@@ -5452,7 +5452,7 @@ class TestPaths:
                 hashes = cache.compute_block_hashes(range(120))
                 stored = cache.insert(hashes, [b"x"] * 30)
                 assert stored * 4 == cache.match(range(120))
-                pool.unpin("old")
+                pool.unpin("old"), pool.unpin("a")
                 assert_sound(pool)
 
     def test_no_more_goes_than_must_for_max_entries(self) -> None:
