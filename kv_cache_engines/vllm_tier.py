@@ -10,8 +10,10 @@ block size of the pool. An entry is one chunk (`blocks_per_chunk` blocks of vLLM
 Its key covers vLLM's block hash (all tokens so far, cache salt, images, the name of a LoRA adapter), the namespace,
 vLLM's version, dtype, layout, cache groups, sizes of block and chunk, parallelism, and the instruction set of the CPU.
 The namespace names the weights. By default it is the model's name and, for a directory, the names, sizes and times of
-its files. Set one where that does not distinguish weights: another revision under one name, `hf_overrides`, an adapter
-that was changed under its name.
+its files. Set one where that does not distinguish what computes the KV: another revision under one name, other
+`--quantization`, `--hf-overrides` or, with `--kv-cache-dtype`, `--dtype`; an adapter that was changed under its name.
+vLLM's reset of its caches does not reach this tier: after a change of weights in a running engine, restart it with a
+new namespace.
 
 A chunk that has gone since its lookup, or a pool that can't be used, is a miss, with one warning. Run with vLLM 0.32.0:
 its own tiering, with a CPU in place of a GPU. Not run on a GPU.
@@ -22,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -52,6 +54,7 @@ def root_of(config: Any, namespace: object, *more: object) -> str:
         namespace = f"{name} {_files_of(name)}" if os.path.isdir(name) else name
     about = (
         f"vllm {vllm_version}", config.model.dtype, config.groups, config.cache, config.kv_cache_layout,
+        config.worker_kv_bytes_per_block,
         (parallel.tp_size, parallel.pp_size, parallel.pcp_size, parallel.dcp_size, parallel.world_size),
         torch.backends.cpu.get_cpu_capability(), *more,
     )  # fmt: skip
@@ -64,7 +67,7 @@ def _files_of(directory: str) -> str:
         f"{os.path.relpath(os.path.join(base, name), directory)} {status.st_size} {status.st_mtime_ns}"
         for base, _, names in os.walk(directory)
         for name in names
-        if (status := os.stat(os.path.join(base, name)))
+        if os.path.exists(os.path.join(base, name)) and (status := os.stat(os.path.join(base, name)))
     ]
     return digest_of(*sorted(found))
 
@@ -72,6 +75,14 @@ def _files_of(directory: str) -> str:
 def in_order(keys: Iterable[Any], context: Any) -> list[Any]:
     """Return keys root first: the groups of a model are given one after the other."""
     return sorted(keys, key=lambda key: context.get_offload_key_position(key) or 0)
+
+
+def touch_all(pool: KVCachePool, names: Sequence[str], ends_prompt: bool = False) -> None:
+    """Count a use of the chunks of a request, root first, so that its tail is evicted before its head.
+
+    Some may be missing: of a sliding window vLLM stores the last chunks only.
+    """
+    pool.touch([name for name in names if name in pool], ends_prompt)
 
 
 class PoolTier(SecondaryTierManager):  # type: ignore[misc]
@@ -96,6 +107,8 @@ class PoolTier(SecondaryTierManager):  # type: ignore[misc]
         self._pool = open_vllm_pool(settings)
         self._threads = ThreadPoolExecutor(threads, "cortex")
         self._jobs: dict[int, Future[JobResult]] = {}
+        self._paths: dict[str, set[bytes]] = {}  # request -> its chunks that are, or soon will be, in the pool
+        self._failed: set[bytes] = set()  # chunks whose load failed: else vLLM would ask for them again and again
 
     def _names(self, keys: Iterable[bytes]) -> list[str]:
         return [f"{key.hex()}.{self._root}" for key in keys]
@@ -107,12 +120,19 @@ class PoolTier(SecondaryTierManager):  # type: ignore[misc]
 
     @miss_on_error(lambda *_: LookupResult.MISS)
     def lookup(self, key: bytes, req_context: Any) -> Any:
-        return LookupResult.HIT if self._names([key])[0] in self._pool else LookupResult.MISS
+        if key in self._failed or self._names([key])[0] not in self._pool:
+            return LookupResult.MISS
+        self._paths.setdefault(req_context.req_id, set()).add(key)
+        return LookupResult.HIT
 
     def submit_store(self, job_metadata: Any) -> None:
-        self._jobs[job_metadata.job_id] = self._threads.submit(self._store, job_metadata)
+        self._failed.difference_update(job_metadata.keys)
+        path = self._paths.setdefault(job_metadata.req_context.req_id, set())
+        path.update(job_metadata.keys)
+        names = self._names(in_order(path, job_metadata.req_context))
+        self._jobs[job_metadata.job_id] = self._threads.submit(self._store, job_metadata, names)
 
-    def _store(self, job: Any) -> JobResult:
+    def _store(self, job: Any, path: list[str]) -> JobResult:
         started, stored = time.monotonic(), 0
         chunk_of = dict(zip(job.keys, job.chunk_ids.tolist(), strict=True))
         keys = in_order(chunk_of, job.req_context)
@@ -120,6 +140,7 @@ class PoolTier(SecondaryTierManager):  # type: ignore[misc]
         values = [self._chunk(chunk_of[key]) for key in keys]
         try:
             stored = self._pool.put_path(self._names(keys), values, each, prefix_hash=self._root)
+            touch_all(self._pool, path)
         except CacheError as error:
             warn_once(self, error)
         return self._result(job, keys[:stored], started)
@@ -141,6 +162,7 @@ class PoolTier(SecondaryTierManager):  # type: ignore[misc]
                 if len(view) == self.block_size_bytes:
                     self._chunk(number)[:] = view
                     loaded.append(key)
+        self._failed.update(set(job.keys).difference(loaded))
         return self._result(job, loaded, started)
 
     def _result(self, job: Any, done: list[bytes], started: float) -> JobResult:
@@ -151,12 +173,13 @@ class PoolTier(SecondaryTierManager):  # type: ignore[misc]
         done = [job_id for job_id, job in self._jobs.items() if job.done()]
         return [self._jobs.pop(job_id).result() for job_id in done]
 
-    @miss_on_error(lambda *_: None)
-    def touch(self, keys: Collection[bytes], req_context: Any) -> None:
-        self._pool.touch(self._names(in_order(keys, req_context)))
-
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         return RequestOffloadingContext()
+
+    @miss_on_error(lambda *_: None)
+    def on_request_finished(self, req_context: Any) -> None:
+        path = self._paths.pop(req_context.req_id, ())
+        touch_all(self._pool, self._names(in_order(path, req_context)), ends_prompt=True)
 
     def has_pending_work(self) -> bool:
         return bool(self._jobs)
