@@ -6673,8 +6673,8 @@ class KVCachePool(_Paths):
     def share(self, keys: Sequence[str]) -> bytes:
         """Return a ticket by which other processes can view the values that this handle has pinned, in this order.
 
-        `view_shared` takes it, until these pins end: also once the keys are deleted, replaced or cleared. It has 28
-        bytes a value. InvalidArgumentError for a key that this handle has not pinned (see `pin`).
+        `view_shared` takes it, until these pins end: also once the keys are deleted, replaced or cleared. It has 24
+        bytes, and 28 more for each value. InvalidArgumentError for a key that this handle has not pinned (see `pin`).
         """
         tickets: list[bytes] = []
         head = self._ticket_head()
@@ -8905,6 +8905,13 @@ def _examine_host(store_path: str) -> tuple[dict[str, Any], list[tuple[str, str]
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     facts["store_is_writable"] = os.path.isdir(above) and os.access(above, os.R_OK | os.W_OK | os.X_OK)
+    if facts["store_is_writable"] and above != store_path:
+        probe = os.path.join(above, f".cortex-doctor-{os.getpid()}")
+        try:
+            os.mkdir(probe)
+            os.rmdir(probe)
+        except OSError:  # /proc lets root write, but makes no directories
+            facts["store_is_writable"] = False
     rows.append(("store", store_path if above == store_path else f"{store_path}, not there yet"))
     if not facts["store_is_writable"]:
         fixes.append(f"user {os.geteuid()} can't write a directory {above}: set CORTEX_CACHE_DIR, or use --store")

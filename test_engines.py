@@ -661,8 +661,8 @@ class TestLMCache:
             assert pool.get_stats()["pinned_entries"] == 0
 
     def test_wrong_settings_end_the_start(self) -> None:
-        for wrong in ({"size": "much"}, {"policy": "best"}, {"threads": 0}, {"pool": "../x"}):
-            with pytest.raises(ValueError, match=r"much|best|max_workers|\.\./x"):
+        for wrong in ({"size": "much"}, {"policy": "best"}, {"threads": 0}, {"pool": "../x"}, {"sice": "1G"}):
+            with pytest.raises(ValueError, match=r"much|best|max_workers|\.\./x|'sice' is unknown: use one of"):
                 make_adapter(**{"pool": "wrong", **wrong})
         assert CacheStore().list() == []
 
@@ -1405,6 +1405,11 @@ class TestVLLMTier:
         with KVCachePool.attach("vllm") as pool:
             assert sorted(entry.sequence_length for entry in pool.entries.values()) == [16, 32, 48, 64, 80]
 
+    def test_a_setting_that_is_misspelled_is_refused(self, make: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="'sice' is unknown: use one of block_size"):
+            make(host_memory(1), sice="1G")
+        assert CacheStore().list() == []
+
     def test_a_load_that_finds_only_a_part_says_which(self, make: Any) -> None:
         primary = host_memory(8)
         tier = make(primary)
@@ -1988,8 +1993,18 @@ class TestLlamaCpp:
         llm.chat_handler = None
         forget(llm)
         assert engine_.load_sequence(cache, prompt) == 64
-        assert caplog.records == []
+        (record,) = caplog.records  # of the state that was larger than the pool
+        assert "does not fit into 2.0 MB: create the pool anew with a larger --size" in record.message
         assert states_of(cache.pool) == [64]
+
+    @pytest.mark.parametrize("model_id", ["", None])
+    def test_weights_without_a_name_are_refused(self, llm: Any, model_id: Any) -> None:
+        engine_ = import_llama_cpp()
+        with (
+            KVCachePool(CachePoolConfig("llama", 1 << 20)) as pool,
+            pytest.raises(InvalidArgumentError, match="must name the weights: pass model_fingerprint"),
+        ):
+            engine_.PoolLlamaCache(pool, llm, model_id)
 
     @pytest.mark.parametrize(
         "other",

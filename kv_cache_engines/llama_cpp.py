@@ -36,8 +36,15 @@ from typing import Any
 
 import numpy as np
 
-from kv_cache_engines import digest_of, fitting, miss_on_error
-from kv_cache_manager import CacheError, InvalidArgumentError, KVCachePool, UnsupportedError, model_fingerprint
+from kv_cache_engines import digest_of, fitting, miss_on_error, warn_once
+from kv_cache_manager import (
+    CacheError,
+    InvalidArgumentError,
+    KVCachePool,
+    UnsupportedError,
+    format_size,
+    model_fingerprint,
+)
 
 with fitting("llama_cpp_python"):
     import llama_cpp
@@ -73,6 +80,8 @@ class PoolLlamaCache(BaseLlamaCache):  # type: ignore[misc, unused-ignore]
     def __init__(
         self, pool: KVCachePool, llm: llama_cpp.Llama, model_id: str, *, verify: bool = True, priority: int = 0
     ) -> None:
+        if not isinstance(model_id, str) or not model_id:
+            raise InvalidArgumentError(f"model_id {model_id!r} must name the weights: pass model_fingerprint(path)")
         super().__init__(pool.config.size_bytes)
         self.pool, self.llm, self.verify, self.priority = pool, llm, verify, priority
         self.index = StateIndex(pool, _root_of(llm, model_id))
@@ -143,6 +152,12 @@ def save_sequence(cache: PoolLlamaCache, *, priority: int | None = None) -> bool
     key, how = _state_key(digest), cache.index.how(len(ids), priority)
     with cache.pool.reserve_path([key], [at + size], zero=False, **how) as targets:
         if not targets:
+            if at + size > cache.pool.config.size_bytes:
+                fix = "create the pool anew with a larger --size"
+                about = (
+                    f"a state of {format_size(at + size)} does not fit into {format_size(cache.pool.config.size_bytes)}"
+                )
+                warn_once(cache, CacheError(f"{about}: {fix}"))
             return False
         if targets[0] is not None:  # it is not there yet
             _write(llm, ids, targets[0], at)

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from kv_cache_engines import digest_of, fitting, miss_on_error, open_pool, warn_once
+from kv_cache_engines import check_settings, digest_of, fitting, miss_on_error, open_pool, warn_once
 from kv_cache_manager import CacheError
 
 with fitting("lmcache"):
@@ -64,6 +64,7 @@ class PoolL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
     def __init__(self, adapter_params: Mapping[str, Any], l1_memory_desc: Any = None) -> None:
         super().__init__()  # without a capacity, which LMCache would keep free: the pool evicts by itself
+        check_settings(adapter_params, "namespace", "threads")
         self._namespace = str(adapter_params.get("namespace", ""))
         self._copiers = ThreadPoolExecutor(int(adapter_params.get("threads", 2)), "kv-cache-copy")
         self._looker = ThreadPoolExecutor(1, "kv-cache-lookup")

@@ -1,6 +1,7 @@
 """SGLang's HiCache over a pool: pages of KV outlive the engine, and all engines of a host share them.
 
-    --enable-hierarchical-cache --hicache-storage-backend dynamic --hicache-storage-backend-extra-config
+    --enable-hierarchical-cache --hicache-mem-layout page_first
+    --hicache-storage-backend dynamic --hicache-storage-backend-extra-config
     '{"backend_name": "cortex", "module_path": "kv_cache_engines.sglang", "class_name": "PoolHiCache",
       "interface_v1": 1, "pool": "sglang", "size": "16G"}'
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from kv_cache_engines import check_fit, digest_of, fitting, miss_on_error, open_pool, warn_once
+from kv_cache_engines import check_fit, check_settings, digest_of, fitting, miss_on_error, open_pool, warn_once
 from kv_cache_manager import CacheError, KVCachePool
 
 with fitting("vllm"):
@@ -104,6 +104,7 @@ class PoolTier(SecondaryTierManager):  # type: ignore[misc]
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         config = offloading_spec.config
         self._root = root_of(config, namespace, config.canonical_layout, self.block_size_bytes)
+        check_settings(settings, "pool_block_size")
         self._pool = open_vllm_pool(settings)
         self._threads = ThreadPoolExecutor(threads, "cortex")
         self._jobs: dict[int, Future[JobResult]] = {}
