@@ -2439,13 +2439,16 @@ class Segment(Memory):
         return _try_lock_byte(self.fd, fcntl.F_WRLCK, SESSION_BYTE + session)
 
     def can_be_locked(self, patience: float) -> bool:
-        """Return True if the pool's lock is free now, or within `patience` seconds."""
+        """Return True if the pool's lock is free now, or within `patience` seconds. This handle must not hold it."""
         until = time.monotonic() + patience
         while True:
-            with contextlib.suppress(BlockingIOError):
+            try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                fcntl.flock(self.fd, fcntl.LOCK_UN)
                 return True
+            except BlockingIOError:
+                pass
+            finally:  # also after an interrupt; it does no harm where the lock is another's
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
             if time.monotonic() >= until:
                 return False
             time.sleep(STEP_PAUSE)

