@@ -2890,6 +2890,12 @@ class EntryTable:
         start, key_hash = self.halves[half + R_START], self.halves[half + R_KEY_HASH]
         return TICKET.pack(slot, start, key_hash, self.words[(half >> 1) + W_SIZE], self.words[(half >> 1) + W_CREATED])
 
+    def find_ticket(self, ticket: bytes) -> int:
+        """Return the slot of the value that a ticket names, an entry or a deleted value; 0 if it is there no more."""
+        slot = int(TICKET.unpack(ticket)[0])
+        is_there = 0 < slot <= self.num_slots and self.state(slot) in (COMPLETE, CONDEMNED)
+        return slot if is_there and self.ticket(slot) == ticket else 0
+
     def is_same(self, slot: int, size: int, told: bytes) -> bool:
         """Return True if a record has this size, these bytes of `tell` or `told_by`, and no bit of a pin."""
         word = (self._records + slot * HALVES_PER_RECORD) >> 1
@@ -3936,18 +3942,12 @@ class Index(Space):
 
         CacheError, and nothing is pinned, if `session` does not pin one of them.
         """
-        table, slots = self.table, [int(TICKET.unpack(ticket)[0]) for ticket in tickets]
-        for slot, ticket in zip(slots, tickets, strict=True):
-            if not (
-                0 < slot <= table.num_slots
-                and table.state(slot) in (COMPLETE, CONDEMNED)
-                and self.pins.is_held_by(session, slot)
-                and table.ticket(slot) == ticket
-            ):
-                raise CacheError("a value of this ticket is pinned no more: `unpin` it only once it has been viewed")
+        slots = list(map(self.table.find_ticket, tickets))
+        if not all(slot and self.pins.is_held_by(session, slot) for slot in slots):
+            raise CacheError("a value of this ticket is pinned no more: `unpin` it only once it has been viewed")
         self.pins.hold(token, *slots)
         self._count_hits(len(slots), len(slots))
-        return list(map(table.place, slots))
+        return list(map(self.table.place, slots))
 
     def open_path(self, uses: Sequence[int], keys: Sequence[bytes], token: int) -> list[tuple[int, int]]:
         """Do the work of `hold_path` and `use_path` for a path of one part; return (offset, size) of each value."""
@@ -6654,6 +6654,10 @@ class KVCachePool(_Paths):
             self._settle_due()
             raise
 
+    def _pins_of(self, key: bytes) -> list[int]:
+        """Return the tokens of this handle's pins of a key, oldest first. The caller must hold the mutex."""
+        return list(filter(self._held.__contains__, self._pins_by_key.get(key, ())))
+
     def unpin(self, key: str) -> bool:
         """End one `pin` of this handle; return False if it has none on that key."""
         encoded = encode_key(key)
@@ -6661,7 +6665,7 @@ class KVCachePool(_Paths):
             _adopt_pools()
         with self._mutex:
             self._check_open()
-            tokens = list(filter(self._held.__contains__, self._pins_by_key.get(encoded, ())))
+            tokens = self._pins_of(encoded)
             if not tokens:
                 return False
             self._locked(Index.unpin, tokens[0])  # first: an interrupt must not lose the others
@@ -6685,7 +6689,7 @@ class KVCachePool(_Paths):
             with self._mutex:  # no `unpin` of another thread in between
                 tokens: list[int] = []
                 for key in some:
-                    held = list(filter(self._held.__contains__, self._pins_by_key.get(key, ())))
+                    held = self._pins_of(key)
                     if not held:
                         raise InvalidArgumentError(
                             f"key {key.decode()!r} is not pinned by this handle: call `pin` first"

@@ -22,7 +22,7 @@ import time
 import traceback
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,28 @@ def result_of(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Wait for an engine to end; return its exit status, what it printed, and its errors."""
     out, errors = process.communicate(timeout=120)
     return process.returncode, out, errors
+
+
+def kill_at_work(lines: Sequence[str], seconds: float) -> None:
+    """Start an engine, and kill it so many seconds after it has said that it is ready."""
+    with engine(*lines) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def run_two(lines: Sequence[str], name: str, size_bytes: int) -> list[str]:
+    """Run two engines, which print True if they had hits, on a pool too small for both; return their errors."""
+    with CacheStore().create(CachePoolConfig(name, size_bytes)) as pool:
+        ends = [result_of(process) for process in [engine(*lines), engine(*lines)]]
+        assert [end[:2] for end in ends] == [(0, "True\n")] * 2, ends
+        assert pool.get_stats()["evictions"] > 0
+        assert pool.check() == []
+        assert pool.get_stats()["pinned_entries"] == 0
+    return [errors for _, _, errors in ends]
 
 
 class TestSGLang:
@@ -274,11 +296,7 @@ class TestSGLang:
             "            assert bool((host.kv_buffer[:, page] == expected).all()), (family, page)",
             "print(hits > 0)",
         )
-        with CacheStore().create(CachePoolConfig("sglang", 80 << 10)) as pool:
-            ends = [result_of(process) for process in [engine(*lines), engine(*lines)]]
-            assert ends == [(0, "True\n", "")] * 2
-            assert pool.check() == []
-            assert pool.get_stats()["pinned_entries"] == 0
+        assert run_two(lines, "sglang", 80 << 10) == ["", ""]
 
     def test_killed_while_it_stores_it_leaves_whole_pages(self) -> None:
         lines = (
@@ -288,12 +306,7 @@ class TestSGLang:
         )
         make_backend(Host(1)).close()
         for _ in range(3):
-            with engine(*lines) as process:
-                assert process.stdout is not None
-                assert process.stdout.readline() == "ready\n"
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.1)
-                process.send_signal(signal.SIGKILL)
+            kill_at_work(lines, 0.1)
             host = Host(64)
             backend = make_backend(host)
             done = backend.batch_get_v1(keys_of(64), indices(*range(64)))
@@ -683,12 +696,7 @@ class TestLMCache:
             "    unlocked(adapter, pinned)",
             "adapter.close(); print(hits > 0)",
         )
-        with CacheStore().create(CachePoolConfig("lmcache", 96 << 10)) as pool:
-            ends = [result_of(process)[:2] for process in [engine(*lines), engine(*lines)]]
-            assert ends == [(0, "True\n")] * 2
-            assert pool.get_stats()["evictions"] > 0
-            assert pool.check() == []
-            assert pool.get_stats()["pinned_entries"] == 0
+        run_two(lines, "lmcache", 96 << 10)
 
     @pytest.mark.slow
     def test_killed_while_it_stores_it_leaves_whole_objects_and_no_pins(self) -> None:
@@ -701,12 +709,7 @@ class TestLMCache:
         )
         make_adapter(size="8M").close()
         for _ in range(3):
-            with engine(*lines) as process:
-                assert process.stdout is not None
-                assert process.stdout.readline() == "ready\n"
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.1)
-                process.send_signal(signal.SIGKILL)
+            kill_at_work(lines, 0.1)
             adapter, keys = make_adapter(size="8M"), chunks(64)
             assert adapter.pool.check() == []
             assert self.pinned() == 0
@@ -1255,11 +1258,7 @@ class TestVLLM:
             "    hits += found; vllm.store(prompt, 6)",
             "vllm.close(); print(hits > 0)",
         )
-        with CacheStore().create(CachePoolConfig("vllm", 256 << 10)) as pool:
-            ends = [result_of(process)[:2] for process in [engine(*lines), engine(*lines)]]
-            assert ends == [(0, "True\n")] * 2
-            assert pool.get_stats()["evictions"] > 0
-        assert pins() == 0
+        run_two(lines, "vllm", 256 << 10)
 
     @pytest.mark.slow
     def test_killed_while_it_stores_and_loads_it_leaves_whole_chunks(self, make: Any) -> None:
@@ -1270,13 +1269,7 @@ class TestVLLM:
         )
         make(2, 2, 2, size="4M")
         for _ in range(3):
-            with engine(*lines) as process:
-                assert process.stdout is not None
-                assert process.stdout.readline() == "ready\n"
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.3)
-                process.send_signal(signal.SIGKILL)
-            assert process.returncode == -signal.SIGKILL
+            kill_at_work(lines, 0.3)
             assert pins() == 0
             vllm = make(2, 2, 2, blocks=130)
             found = vllm.lookup("p", 64)
@@ -2253,12 +2246,7 @@ class TestLlamaCpp:
         )
         expected = ask_llama(llm, prompt)[1]
         for wait in (0.05, 0.1, 0.15):
-            with engine(*lines) as process:
-                assert process.stdout is not None
-                assert process.stdout.readline() == "ready\n"
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(wait)
-                process.send_signal(signal.SIGKILL)
+            kill_at_work(lines, wait)
             forget(llm)
             llm.set_cache(make_llama_cache(llm))
             assert ask_llama(llm, prompt)[1] == expected

@@ -12,7 +12,8 @@ import functools
 import hashlib
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from kv_cache_manager import (
@@ -80,8 +81,9 @@ def fitting(distribution: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, AttributeError) as error:
-        package = str(error.name or distribution).partition(".")[0] if isinstance(error, ImportError) else distribution
-        if installed_version(distribution) is None or not distribution.startswith(package):
+        package = package_of(distribution)
+        is_its_own = not isinstance(error, ImportError) or (error.name or package).partition(".")[0] == package
+        if not is_its_own or find_installed(distribution) is None:
             raise
         raise _unfit(distribution, str(error)) from error
 
@@ -99,19 +101,39 @@ def check_fit(distribution: str, *connectors: type) -> None:
             raise _unfit(distribution, f"{connector.__bases__[0].__name__} wants {name}")
 
 
-def installed_version(distribution: str) -> str | None:
-    """Return the version of an installed distribution, under any of its names, or None."""
+def find_installed(distribution: str) -> tuple[str, str] | None:
+    """Return (name, version) of an installed distribution, under any name that has its package, or None."""
     for name in VARIANTS.get(distribution, (distribution,)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
+            return name, importlib.metadata.version(name)
+    for name in _by_package(tuple(sys.path)).get(package_of(distribution), ()):  # vllm-rocm, say
+        return name, importlib.metadata.version(name)
     return None
 
 
+@functools.cache
+def _by_package(path: tuple[str, ...]) -> Mapping[str, list[str]]:
+    """Return package -> distributions along sys.path, which is `path`: kept, as it takes some 0.3 s."""
+    return importlib.metadata.packages_distributions()
+
+
+def package_of(distribution: str) -> str:
+    """Return the name by which Python imports a distribution of RUN_WITH."""
+    return distribution.removesuffix("_python")
+
+
 def _unfit(distribution: str, reason: str) -> UnsupportedError:
+    _, version = find_installed(distribution) or ("", "of no known version")
     fix = f"install {distribution}=={RUN_WITH[distribution]}, which its connector was run with"
-    return UnsupportedError(
-        f"{distribution} {installed_version(distribution)} does not fit its connector ({reason}): {fix}"
-    )
+    return UnsupportedError(f"{distribution} {version} does not fit its connector ({reason}): {fix}")
+
+
+def touch_all(pool: KVCachePool, names: Iterable[str], ends_prompt: bool = False) -> None:
+    """Count a use of the entries of a path that are there, root first, so that its tail is evicted before its head.
+
+    `touch` ends at the first that is missing. Here some may be, as of a sliding window engines store the last only.
+    """
+    pool.touch([name for name in names if name in pool], ends_prompt)
 
 
 def digest_of(*texts: str) -> str:

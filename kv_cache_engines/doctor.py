@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
 import json
 import os
 import shlex
@@ -14,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from kv_cache_engines import DEFAULT_MAX_ENTRIES, DEFAULT_SIZE, RUN_WITH, VARIANTS
+from kv_cache_engines import DEFAULT_MAX_ENTRIES, DEFAULT_SIZE, RUN_WITH, VARIANTS, find_installed
 from kv_cache_manager import format_size, parse_size
 
 IMPORT_TIMEOUT = 180.0  # seconds; vLLM takes 10 to 20, much longer from a cold disk
@@ -80,18 +78,7 @@ VLLM_ON_CPU = Engine(VARIANTS["vllm"], "vllm", "PoolOffloadingSpec", _vllm_on_cp
 
 def find(name: str) -> tuple[str, str] | None:
     """Return (distribution, version) of an engine that is installed, or None."""
-    for distribution in TABLE[name].distributions:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return distribution, importlib.metadata.version(distribution)
-    for distribution in _by_package(tuple(sys.path)).get(name, ()):  # vllm-rocm, say
-        return distribution, importlib.metadata.version(distribution)
-    return None
-
-
-@functools.cache
-def _by_package(path: tuple[str, ...]) -> Mapping[str, list[str]]:
-    """Return package -> distributions along sys.path, which is `path`: kept, as it takes some 0.3 s."""
-    return importlib.metadata.packages_distributions()
+    return find_installed(TABLE[name].distributions[0])
 
 
 def examine(

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from kv_cache_engines import check_settings, digest_of, fitting, miss_on_error, open_pool, warn_once
+from kv_cache_engines import check_settings, digest_of, fitting, miss_on_error, open_pool, touch_all, warn_once
 from kv_cache_manager import CacheError
 
 with fitting("lmcache"):
@@ -137,10 +137,6 @@ class PoolL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         about = (key.model_name, str(key.kv_rank), str(key.object_group_id), key.cache_salt)
         return f"{key.chunk_hash.hex()}.{_root_of(self._namespace, *about)}"
 
-    def _touch(self, path: Sequence[str]) -> None:
-        """Count a use of all objects of a path that are there: its tail is evicted before its head."""
-        self.pool.touch([name for name in dict.fromkeys(path) if name in self.pool])
-
     # --- the work of the tasks ---------------------------------------------------------------------------------------
 
     def _lookup(self, keys: list[Any]) -> _Lookup:
@@ -178,7 +174,7 @@ class PoolL2Adapter(L2AdapterInterface):  # type: ignore[misc]
                     del self._pins[key]
                 lookup.num_pins -= 1
                 if not lookup.num_pins:
-                    self._touch(lookup.path)
+                    touch_all(self.pool, dict.fromkeys(lookup.path))
 
     def _end_unfetched(self) -> None:
         """End the pins of old lookups: LMCache never fetches the results of a request that it aborts."""
@@ -210,7 +206,7 @@ class PoolL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         for path, place in (self._paths.get(name, ((), 0)) for name in there):
             deepest[id(path)] = path, max(place, deepest.get(id(path), (path, 0))[1])
         for path, place in deepest.values():  # chunks before these came with earlier tasks
-            self._touch(path[: place + 1])
+            touch_all(self.pool, dict.fromkeys(path[: place + 1]))
         return L2StoreResult(num_there == len(given), sum(stored.values()))
 
     @miss_on_error(lambda keys, *_: Bitmap(len(keys)))

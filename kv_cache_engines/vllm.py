@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from kv_cache_engines import check_fit, digest_of, fitting, miss_on_error, warn_once
-from kv_cache_engines.vllm_tier import in_order, open_vllm_pool, root_of, touch_all
+from kv_cache_engines import check_fit, digest_of, fitting, miss_on_error, touch_all, warn_once
+from kv_cache_engines.vllm_tier import in_order, open_vllm_pool, position_of, root_of
 from kv_cache_manager import CacheError, KVCachePool, UnsupportedError
 
 with fitting("vllm"):
@@ -139,8 +139,7 @@ class PoolManager(OffloadingManager):  # type: ignore[misc]
                 self._found.discard(key)  # that user is this load now
             else:
                 self._users[key] += 1  # another request loads it too
-        with contextlib.suppress(CacheError):
-            self._use_path(req_context)  # before this request's own stores could evict its beginning
+        self._use_path(req_context)  # before this request's own stores could evict its beginning
         tickets = [self._pool.share([_name(key, self._root, rank) for key in keys]) for rank in self._ranks]
         return PoolSpec(keys, self._root, tickets=tickets)
 
@@ -171,18 +170,18 @@ class PoolManager(OffloadingManager):  # type: ignore[misc]
             missing = []
         path = self._paths.setdefault(req_context.req_id, set())
         path.update(keys)
-        positions = [req_context.get_offload_key_position(key) or 0 for key in missing]
+        positions = [position_of(key, req_context) for key in missing]
         spec = PoolSpec(missing, self._root, positions, in_order(path, req_context) if missing else [])
         return PrepareStoreOutput(missing, spec, [])
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         return RequestOffloadingContext()
 
-    @miss_on_error(lambda *_: None)
     def on_request_finished(self, req_context: Any) -> None:
         self._use_path(req_context, ends_prompt=True)
         self._paths.pop(req_context.req_id, None)
 
+    @miss_on_error(lambda *_: None)
     def _use_path(self, context: Any, ends_prompt: bool = False) -> None:
         """Count a use of the chunks of a request, root last, so that tails are evicted before heads."""
         path = in_order(self._paths.get(context.req_id, ()), context)

@@ -30,7 +30,16 @@ from typing import Any
 
 import torch
 
-from kv_cache_engines import check_fit, check_settings, digest_of, fitting, miss_on_error, open_pool, warn_once
+from kv_cache_engines import (
+    check_fit,
+    check_settings,
+    digest_of,
+    fitting,
+    miss_on_error,
+    open_pool,
+    touch_all,
+    warn_once,
+)
 from kv_cache_manager import CacheError, KVCachePool
 
 with fitting("vllm"):
@@ -74,15 +83,12 @@ def _files_of(directory: str) -> str:
 
 def in_order(keys: Iterable[Any], context: Any) -> list[Any]:
     """Return keys root first: the groups of a model are given one after the other."""
-    return sorted(keys, key=lambda key: context.get_offload_key_position(key) or 0)
+    return sorted(keys, key=lambda key: position_of(key, context))
 
 
-def touch_all(pool: KVCachePool, names: Sequence[str], ends_prompt: bool = False) -> None:
-    """Count a use of the chunks of a request, root first, so that its tail is evicted before its head.
-
-    Some may be missing: of a sliding window vLLM stores the last chunks only.
-    """
-    pool.touch([name for name in names if name in pool], ends_prompt)
+def position_of(key: Any, context: Any) -> int:
+    """Return the number of tokens up to the end of a chunk."""
+    return int(context.get_offload_key_position(key) or 0)
 
 
 class PoolTier(SecondaryTierManager):  # type: ignore[misc]
@@ -137,7 +143,7 @@ class PoolTier(SecondaryTierManager):  # type: ignore[misc]
         started, stored = time.monotonic(), 0
         chunk_of = dict(zip(job.keys, job.chunk_ids.tolist(), strict=True))
         keys = in_order(chunk_of, job.req_context)
-        each = [{"sequence_length": job.req_context.get_offload_key_position(key) or 0} for key in keys]
+        each = [{"sequence_length": position_of(key, job.req_context)} for key in keys]
         values = [self._chunk(chunk_of[key]) for key in keys]
         try:
             stored = self._pool.put_path(self._names(keys), values, each, prefix_hash=self._root)
