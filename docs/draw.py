@@ -46,6 +46,12 @@ POLICIES = {
     "fifo": ("fifo", "pink", "D", "-"),
     "priority": ("priority", "yellow", "v", "-"),
 }
+METHODS = {
+    "in place": ("blue", "o", "-"),
+    "in place, int8": ("pink", "D", "-"),
+    "StaticCache": ("green", "^", "-"),
+    "DynamicCache": ("orange", "s", "-"),
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawings by hand
@@ -354,12 +360,34 @@ def draw_first_token(theme, part):
     return figure
 
 
+def draw_shared_prefix(theme, part):
+    """Also for examples/shared_prefix.py --plot."""
+    rows = [row for row in part["results"] if row["processes"] == 1]
+    counts = sorted({row["rows"] for row in rows})
+    note = machine_line(part, f"{part['model'].removesuffix('.gguf')} in float32")
+    figure, axes, colours = new_figure(theme, 360, 2, note, sharex=True)
+    for axis, name, unit in zip(axes, ("rate", "private"), (1, 1e6), strict=True):
+        for method, style in METHODS.items():
+            points = sorted((row["rows"], row[name] / unit) for row in rows if row["method"] == method)
+            plot(axis, colours, (method, *style), *zip(*points, strict=True))
+        axis.set(xscale="log", xlabel="rows that share a prefix")
+        axis.set_xticks(counts, map(str, counts))
+        axis.minorticks_off()
+    axes[0].set(title="tokens a second, all rows together", ylim=(0, None))
+    axes[1].set(title="private memory of the process, MB", yscale="log")
+    ticks = [10**power for power in range(6) if axes[1].get_ylim()[0] <= 10**power <= axes[1].get_ylim()[1]]
+    axes[1].set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    legend(figure, len(METHODS))
+    return figure
+
+
 DRAWINGS = {"pool": draw_pool, "states": draw_states}
 CHARTS = {  # name: (part of the measurements, how)
     "latency": ("latency", draw_latency),
     "contention": ("contention", draw_contention),
     "hit-ratio": ("policies", draw_hit_ratio),
     "first-token": ("first-token", draw_first_token),
+    "shared-prefix": ("shared-prefix", draw_shared_prefix),
 }
 
 

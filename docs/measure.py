@@ -6,6 +6,7 @@
     python docs/measure.py contention     # calls a second by 1, 2, 4 and 8 processes at once
     python docs/measure.py policies --trace FILE [TITLE]     # usable hit ratios, as `cortex cache replay FILE --json`
     python docs/measure.py first-token    # examples/chat_prefix.py with prompts of several lengths; needs its packages
+    python docs/measure.py shared-prefix  # examples/shared_prefix.py, once: the page shows the table that it prints
 
 Several parts may be named at once. Each replaces its own figures in the file and leaves the others as they are, and
 notes the machine and the date. A figure is the median of `--rounds` runs. `--short` is for trying the script: fewer
@@ -18,11 +19,11 @@ import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +137,25 @@ def first_token(args):
     return {"versions": versions("torch", "transformers"), **about, "results": rows}
 
 
-PARTS = {"latency": latency, "contention": contention, "policies": policies, "first-token": first_token}
+def shared_prefix(args):
+    with tempfile.NamedTemporaryFile() as file:
+        command = [sys.executable, str(ROOT / "examples" / "shared_prefix.py"), "--json", file.name]
+        if args.short:
+            command += ["--prefix", "256", "--tokens", "4"]
+        subprocess.run(command, check=True)
+        figures = json.loads(Path(file.name).read_text())
+    for row in figures["results"]:
+        row["rate"], row["first"] = rounded(row["rate"]), rounded(row["first"])
+    return {"versions": versions("torch", "transformers"), "model": figures["model"], "results": figures["results"]}
+
+
+PARTS = {
+    "latency": latency,
+    "contention": contention,
+    "policies": policies,
+    "first-token": first_token,
+    "shared-prefix": shared_prefix,
+}
 
 
 def main():
@@ -156,9 +175,7 @@ def main():
         parser.error("policies needs --trace FILE: a trace that `cortex cache replay` reads")
     args.rounds = args.rounds or (1 if args.short else 5)
     for part in parts:
-        machine = {"cpu": bench.cpu_name(), "cores": os.cpu_count(), "kernel": platform.release()}
-        machine |= {"python": platform.python_version(), "date": f"{datetime.date.today()}"}
-        figures = {"machine": machine, "rounds": args.rounds, "short": args.short, **PARTS[part](args)}
+        figures = {"machine": bench.describe_machine(), "rounds": args.rounds, "short": args.short, **PARTS[part](args)}
         FIGURES.parent.mkdir(exist_ok=True)
         every = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
         every[part] = figures

