@@ -8355,12 +8355,14 @@ class PrefixCache:
     ) -> int:
         """Store the KV of `tokens` in full blocks, those that are missing; return how many were stored.
 
-        `kv` is a `DynamicCache` of transformers, or an array of numpy or torch of shape (layers, 2, heads, tokens, head
-        size). A `DynamicCache` needs one row of `tokens` for each row of its batch, none padded on the left. `kv` may
-        hold fewer tokens. An array may hold more. InvalidArgumentError for a `DynamicCache` that holds more, and with
-        `for_model` for an array: the others may be virtual tokens in front. `generated=True` says that they come after
-        `tokens`. For a batch `block_extra` is a list, one for each row. UnsupportedError for layers that do not keep
-        the KV of every token.
+        `kv` is a `DynamicCache` of transformers, a cache by `open_prefix`, or an array of numpy or torch of shape
+        (layers, 2, heads, tokens, head size). A cache needs one row of `tokens` for each row of its batch, without
+        padding, and must not be that of a beam search. `kv` may hold fewer tokens. An array may hold more.
+        InvalidArgumentError for a `DynamicCache` that holds more, and with `for_model` for an array: the others may be
+        virtual tokens in front.
+        `generated=True` says that they come after `tokens`. For a batch `block_extra` is a list, one for each row.
+        UnsupportedError for layers that do not keep the KV of every token. InvalidArgumentError for a cache by
+        `open_prefix` if its rows do not begin with that prefix, or hold padding.
         """
         if not isinstance(generated, bool):
             raise InvalidArgumentError(f"generated {_show(generated)} must be True or False")

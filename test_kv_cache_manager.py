@@ -6027,8 +6027,8 @@ class TestMemoryByKind:
 
     def test_values_of_another_encoding_are_other_values(self, tmp_path: Path) -> None:
         with make_pool() as pool:
-            self.put_path(pool, "ab", raw_size=350, encoding="int8 F16 7 \"é\"")
-            for encoding in ("int8 F16 7 \"é\"", "int8 BF16 7", ""):
+            self.put_path(pool, "ab", raw_size=350, encoding='int8 F16 7 "é"')
+            for encoding in ('int8 F16 7 "é"', "int8 BF16 7", ""):
                 with pool.reserve_path(["a", "b"], [self.SIZE] * 2, raw_size=350, encoding=encoding) as views:
                     assert [view is None for view in views] == [encoding != "int8 BF16 7" and bool(encoding)] * 2
             self.put_path(pool, "ab", raw_size=350, encoding="int4")
