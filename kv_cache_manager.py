@@ -7670,9 +7670,9 @@ def decode_block(view: memoryview, form: BlockFormat, out: Any) -> None:
             if form.dtype == "F32":
                 dequantize(part, scales[which][:, some], target[some, which])
             else:
-                room = numpy.empty(target[some, which].shape, numpy.float32)
-                dequantize(part, scales[which][:, some], room)
-                target[some, which] = _library("torch").from_numpy(room) if hasattr(out, "detach") else room
+                numbers = numpy.empty(target[some, which].shape, numpy.float32)
+                dequantize(part, scales[which][:, some], numbers)
+                target[some, which] = _library("torch").from_numpy(numbers) if hasattr(out, "detach") else numbers
 
 
 def decode_layer(blocks: Sequence[tuple[Any, Any, Any]], layer: int, out: Any) -> None:
@@ -7705,18 +7705,18 @@ def dequantize(codes: Any, scales: Any, out: Any) -> None:
     (2, ..., tokens, groups): scales, then least values.
     """
     numpy = _library("numpy")
-    room = numpy.empty(out.shape, numpy.float32)
+    numbers = numpy.empty(out.shape, numpy.float32)
     head_size = out.shape[-1]
     if codes.shape[-1] == head_size:
-        room[...] = codes
+        numbers[...] = codes
     else:
         half = head_size // 2
-        room[..., :half] = codes & 15
-        room[..., half:] = codes >> 4
+        numbers[..., :half] = codes & 15
+        numbers[..., half:] = codes >> 4
     if scales.shape[-1] != head_size:
         scales = numpy.repeat(scales, head_size // scales.shape[-1], -1) if scales.shape[-1] > 1 else scales
-    room *= scales[0]
-    numpy.add(room, scales[1], out=out)
+    numbers *= scales[0]
+    numpy.add(numbers, scales[1], out=out)
 
 
 def _words(array: Any) -> Any:

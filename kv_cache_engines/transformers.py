@@ -32,6 +32,7 @@ from kv_cache_engines.model_context import ModelContext as ModelContext
 from kv_cache_manager import (
     BlockFormat,
     InvalidArgumentError,
+    Unlocked,
     UnsupportedError,
     as_tensor,
     decode_block,
@@ -54,19 +55,10 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default device
 
 
-class _Memory:
-    """The memory of a read-only view, shown to numpy as writable: torch warns of any other. Nothing writes to it."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._in_use = numpy.frombuffer(view, "u1")
-        interface = self._in_use.__array_interface__
-        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
-
-    @classmethod
-    def tensor(cls, view: memoryview, form: BlockFormat) -> Any:
-        """Return a block that holds plain numbers as a tensor over its memory."""
-        numbers = numpy.asarray(cls(view)).data[form.codes_at if form.codec else 0 :]
-        return as_tensor(numbers, "BF16" if form.codec == "bf16" else form.dtype, form.shape, "torch")
+def _plain_block(view: memoryview, form: BlockFormat) -> Any:
+    """Return a block that holds plain numbers as a tensor over its memory, which is not to be written to."""
+    numbers: Any = numpy.asarray(Unlocked(numpy.frombuffer(view, "u1", offset=form.codes_at if form.codec else 0)))
+    return as_tensor(memoryview(numbers), "BF16" if form.codec == "bf16" else form.dtype, form.shape, "torch")
 
 
 class _Run:
@@ -75,9 +67,7 @@ class _Run:
     def __init__(self, views: Sequence[memoryview], form: BlockFormat) -> None:
         self.form, self.dtype, self.num_tokens = form, _DTYPES[form.dtype], len(views) * form.shape[3]
         self.is_coded = form.codec in ("int8", "int4")
-        self.blocks: list[Any] = [
-            form.sections(view) if self.is_coded else _Memory.tensor(view, form) for view in views
-        ]
+        self.blocks: list[Any] = [form.sections(view) if self.is_coded else _plain_block(view, form) for view in views]
         is_plain = not self.is_coded and self.blocks[0].dtype == self.dtype
         self.is_in_place = is_plain and (len(views) == 1 or form.shape[3] >= IN_PLACE)
         self.layers: dict[int, list[torch.Tensor]] = {}  # slices of plain blocks: making them each time takes longer
@@ -93,9 +83,9 @@ class _Run:
         if self.buffer is None:
             self.buffer = _empty(2, heads, self.num_tokens, head_size, dtype=self.dtype)
         if self.is_coded:
-            room = self.buffer if self.dtype == torch.float32 else _empty(*self.buffer.shape, dtype=torch.float32)
-            decode_layer(self.blocks, layer, room.numpy())
-            self.buffer = self.buffer if room is self.buffer else self.buffer.copy_(room)
+            wide = self.buffer if self.dtype == torch.float32 else _empty(*self.buffer.shape, dtype=torch.float32)
+            decode_layer(self.blocks, layer, wide.numpy())
+            self.buffer = self.buffer if wide is self.buffer else self.buffer.copy_(wide)
         elif self.layers[layer][0].dtype == self.dtype:
             torch.cat(self.layers[layer], 2, out=self.buffer)
         else:
@@ -158,7 +148,7 @@ class _Prefix:
                 block = _empty(*form.shape[:3], end, form.shape[4], dtype=_DTYPES[form.dtype])
                 decode_block(view, form, block)
             else:
-                block = _Memory.tensor(view, form)
+                block = _plain_block(view, form)
             out[:, :, :, first + begin - start : first + end - start] = block[:, :, :, begin:end]
 
     def note_padding(self, mask: torch.Tensor | None, num_own: int, num_before: int) -> None:
@@ -184,7 +174,7 @@ class _Prefix:
 
 
 class _States(torch.Tensor):  # type: ignore[misc, unused-ignore]
-    """What a layer returns for its keys and values: only our attention can use it. Others would miss the prefix."""
+    """The keys or values that a layer returns: only our attention can use them. Others would miss the prefix."""
 
     layer: _Layer
 
