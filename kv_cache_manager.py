@@ -7713,8 +7713,8 @@ def dequantize(codes: Any, scales: Any, out: Any) -> None:
         half = head_size // 2
         numbers[..., :half] = codes & 15
         numbers[..., half:] = codes >> 4
-    if scales.shape[-1] != head_size:
-        scales = numpy.repeat(scales, head_size // scales.shape[-1], -1) if scales.shape[-1] > 1 else scales
+    if 1 < scales.shape[-1] < head_size:
+        scales = numpy.repeat(scales, head_size // scales.shape[-1], -1)
     numbers *= scales[0]
     numpy.add(numbers, scales[1], out=out)
 
@@ -8511,7 +8511,7 @@ class PrefixCache:
         if wait:
             self._await(hashes[: (len(tokens) - 1) // self.block_size], wait)
         with self.pool.view_path(hashes, verify=self.verify) as views:
-            framework, formats = self._usable_formats(views)
+            framework, formats = _usable_formats(views, self.codec, self.block_size)
             num_tokens = max(min(len(formats) * self.block_size, len(tokens) - 1), 0)
             kv = _join_blocks(views[: len(formats)], framework, formats, num_tokens) if num_tokens else None
         self._count(tokens_requested=len(tokens), tokens_hit=num_tokens)
@@ -8548,7 +8548,7 @@ class PrefixCache:
         hashes = self._find_hashes(tokens, block_extra, length)
         with contextlib.ExitStack() as pins:
             views = pins.enter_context(self.pool.view_path(hashes, verify=self.verify))
-            _, formats = self._usable_formats(views)
+            _, formats = _usable_formats(views, self.codec, self.block_size)
             num_tokens = max(min(len(formats) * self.block_size, len(tokens) - 1), 0)
             if num_tokens:
                 whole = hashes[: num_tokens // self.block_size]
@@ -8558,23 +8558,6 @@ class PrefixCache:
                 past = SharedPrefix(contextlib.ExitStack())
         self._count(tokens_requested=len(tokens), tokens_hit=num_tokens)
         return past
-
-    def _usable_formats(self, views: PathViews) -> tuple[str, list[BlockFormat]]:
-        """Return (framework, format of each) of the leading blocks of KV that are of one framework, dtype and shape.
-
-        A block that no codec has encoded has the codec "".
-        """
-        found: list[BlockFormat] = []
-        framework = ""
-        for view, entry in zip(views, views.entries, strict=True):
-            form = BlockFormat("", entry.dtype, entry.shape) if self.codec is None else _format_of(view, entry)
-            if form is None or len(form.shape) != 5 or form.shape[3] != self.block_size:
-                break
-            if found and (framework, *found[0][1:]) != (entry.framework, *form[1:]):
-                break
-            found.append(form)
-            framework = entry.framework
-        return framework, found
 
     def _await(self, hashes: Sequence[str], wait: float) -> None:
         """Wait while another caller computes the first missing block. If none does, claim it."""
@@ -8684,6 +8667,24 @@ def _format_of(view: memoryview, entry: CacheEntry) -> BlockFormat | None:
     """Return the format of a block that a codec has encoded; None if it is no such block, or its header is damaged."""
     form = BlockFormat.read(view)
     return form if form is not None and form.text == entry.encoding else None
+
+
+def _usable_formats(views: PathViews, codec: str | None, block_size: int) -> tuple[str, list[BlockFormat]]:
+    """Return (framework, format of each) of the leading blocks of KV that are of one framework, dtype and shape.
+
+    A block that no codec has encoded has the codec "".
+    """
+    found: list[BlockFormat] = []
+    framework = ""
+    for view, entry in zip(views, views.entries, strict=True):
+        form = BlockFormat("", entry.dtype, entry.shape) if codec is None else _format_of(view, entry)
+        if form is None or len(form.shape) != 5 or form.shape[3] != block_size:
+            break
+        if found and (framework, *found[0][1:]) != (entry.framework, *form[1:]):
+            break
+        found.append(form)
+        framework = entry.framework
+    return framework, found
 
 
 def _join_blocks(views: list[memoryview], framework: str, formats: list[BlockFormat], num_tokens: int) -> Any:
